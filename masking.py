@@ -1,0 +1,116 @@
+"""Where the student may not look.
+
+A mask is a bool tensor (B, N), True = hidden from the student, N = gh·gw patches row by row. Every
+row hides exactly round(ratio·N) patches, so that the visible ones of a batch form a rectangle
+(B, V, D) and can be cut out. Every other file refers to this convention.
+
+    random_mask         each patch alike (MAE: He et al. 2021, arXiv 2111.06377)
+    block_mask          rectangles, until enough is hidden (BEiT: Bao et al. 2021, arXiv 2106.08254)
+    inverse_block_mask  all but one block (CAPI: Darcet et al. 2025, arXiv 2502.08769; no roll)
+    attention_mask      what the teacher attends to most (AttMask: Kakogeorgiou et al. 2022,
+                        arXiv 2203.12719)
+
+The makers draw from `generator` alone, on its device: equal generators give equal masks.
+
+    python masking.py      # draws one of each
+"""
+import math
+
+import torch
+
+
+def hidden_count(ratio, N):
+    """round(ratio·N), refusing a ratio outside [0, 1]."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask ratio {ratio} must lie between 0 (all seen) and 1 (all hidden)")
+    return round(ratio * N)
+
+
+def uniform(shape, generator):
+    return torch.rand(shape, generator=generator, device=generator.device if generator else None)
+
+
+def hide_highest(scores, count):
+    """(B, N) scores -> bool mask of the `count` highest of each row."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(1, scores.topk(count, dim=1).indices, True)
+
+
+def random_mask(batch, grid, ratio, generator=None, device=None):
+    """Hide patches drawn uniformly without replacement: grid (gh, gw) -> bool (B, N)."""
+    N = grid[0] * grid[1]
+    return hide_highest(uniform((batch, N), generator), hidden_count(ratio, N)).to(device)
+
+
+def inside(rows, columns, top, left, height, width):
+    """Cells of one rectangle per image: four (B,) tensors -> bool (B, gh, gw)."""
+    top, left, height, width = (x.view(-1, 1, 1) for x in (top, left, height, width))
+    return (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+
+
+def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, min_aspect=0.3):
+    """Hide rectangles (BEiT, algorithm 1): grid (gh, gw) -> bool (B, N).
+
+    Each round draws for every image at once a rectangle of at least `min_patches` cells (fewer on
+    small grids: a twelfth of the patches) with aspect ratio in [min_aspect, 1 / min_aspect], and adds
+    it. The last one is cut, row by row, to hit the count exactly, where BEiT stops short of it;
+    corners that 64 rounds have not reached (ratios near 1) are filled in row order.
+    """
+    (gh, gw), N = grid, grid[0] * grid[1]
+    count = hidden_count(ratio, N)
+    least = max(1, min(min_patches, N // 12))
+    mask = torch.zeros(batch, N, dtype=torch.bool, device=generator.device if generator else None)
+    rows = torch.arange(gh, device=mask.device).view(1, -1, 1)
+    columns = torch.arange(gw, device=mask.device).view(1, 1, -1)
+    for rounds_left in range(64, -1, -1):
+        missing = count - mask.sum(1)  # (B,)
+        if not missing.any():
+            break
+        draw = uniform((4, batch), generator)
+        area = least + draw[0] * (missing - least).clamp_min(0)
+        aspect = torch.exp((2 * draw[1] - 1) * math.log(1 / min_aspect))  # log-uniform
+        height = (area * aspect).sqrt().round().clamp(1, gh)
+        width = (area / aspect).sqrt().round().clamp(1, gw)
+        top = (draw[2] * (gh - height + 1)).floor()
+        left = (draw[3] * (gw - width + 1)).floor()
+        block = inside(rows, columns, top, left, height, width).flatten(1)
+        new = ~mask & block if rounds_left else ~mask
+        mask |= new & (new.cumsum(1) <= missing.unsqueeze(1))
+    return mask.to(device)
+
+
+def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspect=0.5):
+    """Hide all but one block (CAPI): grid (gh, gw) -> bool (B, N).
+
+    The visible block is a rectangle, its aspect ratio in about [min_aspect, 1 / min_aspect]; where
+    the count is no product, the lower end of its last column is missing.
+    """
+    (gh, gw), N = grid, grid[0] * grid[1]
+    visible = N - hidden_count(ratio, N)
+    draw = uniform((3, batch), generator)
+    rows = torch.arange(gh, device=draw.device).view(1, -1, 1)
+    columns = torch.arange(gw, device=draw.device).view(1, 1, -1)
+    aspect = torch.exp((2 * draw[0] - 1) * math.log(1 / min_aspect))
+    height = (visible * aspect).sqrt().round().clamp(max(1, math.ceil(visible / gw)), gh)
+    width = (visible / height).ceil()
+    top = (draw[1] * (gh - height + 1)).floor()
+    left = (draw[2] * (gw - width + 1)).floor()
+    shown = inside(rows, columns, top, left, height, width)
+    columnwise = shown.mT.flatten(1)  # (B, gw·gh): count down the columns, cut the last one
+    shown = (columnwise & (columnwise.cumsum(1) <= visible)).view(batch, gw, gh).mT
+    return ~shown.flatten(1).to(device)
+
+
+def attention_mask(attention, ratio):
+    """Hide what is attended to most (AttMask-High): teacher attention (B, N) -> bool (B, N)."""
+    return hide_highest(attention, hidden_count(ratio, attention.shape[1]))
+
+
+MASKS = dict(random=random_mask, block=block_mask, inverse_block=inverse_block_mask)
+
+
+if __name__ == "__main__":
+    for name, make in MASKS.items():
+        print(f"\n{name}, ratio 0.6")
+        for rows in zip(*make(3, (14, 14), 0.6).view(3, 14, 14).tolist()):  # three side by side
+            print("   ".join("".join("██" if hidden else "· " for hidden in row) for row in rows))
