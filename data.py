@@ -1,0 +1,502 @@
+"""Images in, batches of views out; every random choice is a function of (seed, epoch, index).
+
+    view = colour(crop(image)),    parameters = hash(seed, epoch, index, view)
+
+So neither the order of work nor the number of workers or processes changes a sample, and a run
+resumes at any step with nothing but that step. Three sources: `textures`, drawn here from a seed;
+torchvision's small sets; a folder of images (ImageNet as it lies). Small images live in memory as one
+uint8 tensor, and their views are cut batched on the training device: a crop with its resize and flip
+is one small matrix for the rows and one for the columns. Large ones are decoded and cut by DataLoader
+workers, which hand over uint8. Colours are batched on the device for both (SimCLR: Chen et al. 2020,
+arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B).
+
+Left out: the random order of the four jitters (here brightness, contrast, saturation, hue).
+Letters: B images, S side of a view in pixels.
+"""
+import itertools
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used for every set
+
+
+# ---- randomness as a function ------------------------------------------------------------------
+
+def mix(x):
+    """One round of a 32-bit hash (xorshift-multiply) in int64, where factors < 2³¹ cannot overflow."""
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def fold(*keys):
+    """Hash ints, or int64 tensors, into one number (or tensor of numbers) below 2³²."""
+    state = 0
+    for key in keys:
+        state = mix((state + (key & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
+    return state
+
+
+def uniform(count, *keys):
+    """`count` numbers in [0, 1) for each entry of the keys, ints and int64 tensors (B,): (B, count)."""
+    state = torch.as_tensor(fold(*keys)).view(-1, 1)
+    slots = torch.arange(1, count + 1, device=state.device)
+    return (mix(mix((state + 0x9E3779B9 * slots) & 0xFFFFFFFF)) >> 8).float() / 2**24
+
+
+# ---- sets of images ----------------------------------------------------------------------------
+
+class Images:
+    """A set in memory: uint8 images (N, 3, height, width), labels (N,), -1 where there is none."""
+
+    def __init__(self, images, labels, classes):
+        self.images, self.labels, self.classes, self.unreadable = images, labels, classes, set()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def share(self):
+        pass  # all is read, and the broken left out
+
+
+TEXTURES = "stripes checker dots rings grid plusses bricks waves zigzag dashes".split()
+FACTORS = "class hue_a hue_b frequency phase_x phase_y rotation illumination".split()
+
+
+def textures(count, seed, size=32):
+    """The built-in set: ten textures that colour does not tell apart -> (Images, factors (count, 8)).
+
+    Each image has two HSV colours, 3.5-4.5 periods, a phase, a small rotation, a gradient of light and
+    noise of four scales; `factors` holds what was drawn, in the order of FACTORS, for probes.
+    """
+    index = torch.arange(count)
+    draw = uniform(16, seed, index).double()
+    label = index % len(TEXTURES)
+    frequency, rotation = 3.5 + draw[:, 0], 0.4 * draw[:, 1] - 0.2
+    grid = (torch.arange(size).double() + 0.5) / size - 0.5
+    y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)
+    cos, sin = (f(rotation).view(-1, 1, 1) for f in (torch.cos, torch.sin))
+    scale = frequency.view(-1, 1, 1)
+    u = scale * (cos * x + sin * y) + draw[:, 2].view(-1, 1, 1)  # in periods
+    v = scale * (cos * y - sin * x) + draw[:, 3].view(-1, 1, 1)
+
+    def cell(t):  # -0.5 .. 0.5 within a period
+        return t - t.floor() - 0.5
+
+    def far(a, b):
+        return (cell(a).square() + cell(b).square()).sqrt()
+
+    def brick(u, v):  # each row half a brick further
+        return cell(u / 2 + v.floor() / 2).abs()
+
+    def wave(t):
+        return torch.sin(2 * math.pi * t)
+
+    shapes = [  # signed: positive is the figure, negative the ground, about one unit a period
+        lambda u, v: 0.25 - cell(u).abs(),
+        lambda u, v: 0.3 * wave(u / 2) * wave(v / 2),
+        lambda u, v: 0.33 - far(u, v),
+        lambda u, v: 0.12 - (far(u, v) - 0.3).abs(),
+        lambda u, v: torch.maximum(cell(u).abs(), cell(v).abs()) - 0.36,
+        lambda u, v: torch.maximum(torch.minimum(0.13 - cell(u).abs(), 0.4 - cell(v).abs()),
+                                   torch.minimum(0.13 - cell(v).abs(), 0.4 - cell(u).abs())),
+        lambda u, v: torch.minimum(0.36 - cell(v).abs(), 0.86 - 2 * brick(u, v)),
+        lambda u, v: 0.25 - cell(v + 0.25 * wave(u / 2)).abs(),
+        lambda u, v: 0.25 - cell(v + 2 * cell(u / 2).abs()).abs(),
+        lambda u, v: torch.minimum(0.2 - cell(v).abs(), 0.55 - 2 * brick(u, v)),
+    ]
+    figure = torch.empty_like(u)
+    for k, shape in enumerate(shapes):
+        figure[label == k] = shape(u[label == k], v[label == k])
+    figure = torch.sigmoid(figure * size / frequency.view(-1, 1, 1) * 1.5)  # soft by a pixel
+    figure = figure.unsqueeze(1)
+
+    gap, base = 0.3 + 0.2 * draw[:, 4], 0.25 + 0.25 * draw[:, 5]
+    bright = torch.stack([base, base + gap], 1)
+    bright = torch.where(draw[:, 6:7] < 0.5, bright, bright.flip(1))  # which is the lighter
+    a, b = (hsv_to_rgb(draw[:, 7 + k], 0.3 + 0.6 * draw[:, 9 + k], bright[:, k]) for k in (0, 1))
+    images = figure * a[:, :, None, None] + (1 - figure) * b[:, :, None, None]  # (count, 3, S, S)
+
+    angle, strength = (draw[:, k].view(-1, 1, 1, 1) for k in (11, 12))
+    angle, strength = 2 * math.pi * angle, 0.6 * strength
+    images *= 1 + strength * (torch.cos(angle) * x + torch.sin(angle) * y)
+    for level, coarse in enumerate((size, size // 2, size // 4, size // 8)):
+        noise = uniform(coarse * coarse, seed, index, 1 + level).view(count, 1, coarse, coarse)
+        images += 0.12 * F.interpolate(noise - 0.5, size=(size, size), mode="nearest")
+    factors = torch.stack([label, draw[:, 7], draw[:, 8], frequency, draw[:, 2], draw[:, 3],
+                           rotation, strength.flatten()], 1)
+    return Images((images.clamp(0, 1) * 255).round().to(torch.uint8), label, TEXTURES), factors
+
+
+def hsv_to_rgb(hue, saturation, value):
+    """v - v·s·max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1: hue in turns -> (B, 3, ...)."""
+    channels = []
+    for n in (5, 3, 1):
+        k = (n + 6 * hue) % 6
+        channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+class UnreadableImages(ValueError):
+    """More than a tenth of a set cannot be read."""
+
+
+class Folder(torch.utils.data.Dataset):
+    """Images on disk, decoded when asked for by (epoch, index); epoch None asks for the evaluation view.
+
+    An item is (views, index, indices that could not be read). In training an unreadable file is
+    replaced by the next index, the same one in every run.
+    """
+
+    def __init__(self, files, labels, classes):
+        self.files, self.labels, self.classes = files, torch.tensor(labels), classes
+        self.unreadable = set()
+        self.cut, self.size = None, None  # set by train_batches and eval_batches below
+
+    def __len__(self):
+        return len(self.files)
+
+    def open(self, index):
+        """A PIL image in RGB, upright; None where it cannot be read."""
+        try:
+            with Image.open(self.files[index]) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+                return image.convert("RGB")
+        except Exception:  # PIL raises many kinds for a broken file, and a file may vanish
+            return None
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if epoch is None:
+            image = self.open(index)
+            view = resize_center(image or Image.new("RGB", (self.size, self.size)), self.size)
+            return to_tensor(view), index, [] if image else [index]
+        bad = []
+        for other in (*range(index, len(self)), *range(index)):
+            image = self.open(other)
+            if image:
+                return self.cut(image, epoch, other), other, bad
+            bad.append(other)
+        raise UnreadableImages("no image of this set can be read")
+
+    def report(self, indices):
+        """Name files found unreadable, once; stop when they are more than a tenth of the set."""
+        for index in sorted(set(indices) - self.unreadable):
+            if int(os.environ.get("RANK", 0)) == 0:  # of many processes one speaks, after `share`
+                print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
+        self.unreadable.update(indices)
+        self.refuse(self.unreadable, len(self))
+
+    def refuse(self, bad, looked_at):
+        if len(bad) > 0.1 * looked_at:
+            raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than 10 %, "
+                                   f"such as {self.files[min(bad)]}: repair or remove them")
+
+    def share(self):
+        """Bring together what the processes found unreadable."""
+        if dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, self.unreadable)
+            self.report(set().union(*found))
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # PIL -> uint8 (3, height, width)
+
+
+def resize_center(image, size):
+    """The usual evaluation view: short side to size·256/224, centre crop; a size x size image stays."""
+    if image.size == (size, size):
+        return image
+    short = size if min(image.size) <= size else round(size * 256 / 224)
+    width, height = (max(short, round(side * short / min(image.size))) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def scan(root):
+    """root/CLASS/../image -> files, and the class of each: None for images straight in root."""
+    Image.init()
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, names = [], []
+    for place, folders, found in os.walk(root, followlinks=True):
+        folders.sort()
+        name = os.path.relpath(place, root).split(os.sep)[0]
+        for file in sorted(found):
+            if os.path.splitext(file)[1].lower() in readable and not file.startswith("."):
+                files.append(os.path.join(place, file))
+                names.append(None if name == "." else name)
+    return files, names
+
+
+def read_folder(path):
+    """P/train/CLASS/image and P/val/CLASS/image (or P/test) -> train, test; no classes: test is None."""
+    if not path or not os.path.isdir(path):
+        raise ValueError(f"--data-path {path!r} is no folder: give one that holds train/CLASS/image "
+                         "and val/CLASS/image, or just images")
+    inner = [os.path.join(path, name) for name in ("train", "val", "test")]
+    files, names = scan(inner[0] if os.path.isdir(inner[0]) else path)
+    if not os.path.isdir(inner[0]):  # a bare folder of images; what lies deeper is another layout
+        files = [file for file, name in zip(files, names) if name is None]
+        names = [None] * len(files)
+    if not files:
+        raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/ or beside it")
+    classes = sorted({name for name in names if name is not None})
+    number = {name: k for k, name in enumerate(classes)}
+    train = Folder(files, [number.get(name, -1) for name in names], classes)
+    held = next((place for place in inner[1:] if os.path.isdir(place)), None)
+    if not classes or not held:
+        return in_memory(train), None
+    files, names = scan(held)
+    unknown = sorted({str(name) for name in names} - set(classes))
+    if unknown or not files:
+        raise ValueError(f"{held} has " + (f"classes that train/ lacks: {', '.join(unknown[:5])}"
+                                           if files else "no images"))
+    return in_memory(train), in_memory(Folder(files, [number[name] for name in names], classes))
+
+
+def in_memory(folder, probes=256, side=128, limit=2**30):
+    """Look at some images: many broken stop the run here; small ones of one size move to memory."""
+    with ThreadPoolExecutor(8) as pool:
+        some = np.unique(np.linspace(0, len(folder) - 1, probes).astype(int)).tolist()
+        images = list(pool.map(folder.open, some))
+        folder.refuse([index for index, image in zip(some, images) if not image], len(some))
+        sizes = {image.size for image in images if image}
+        width, height = max(sizes)
+        if len(sizes) > 1 or max(width, height) > side or 3 * width * height * len(folder) > limit:
+            return folder
+        pixels = torch.empty(len(folder), 3, height, width, dtype=torch.uint8)
+
+        def read(index):
+            image = folder.open(index)
+            if image:
+                pixels[index] = to_tensor(ImageOps.fit(image, (width, height)))
+            return bool(image)
+
+        readable = torch.tensor(list(pool.map(read, range(len(folder)))))
+    folder.report((~readable).nonzero().flatten().tolist())
+    return Images(pixels[readable], folder.labels[readable], folder.classes)
+
+
+def from_torchvision(name, path):
+    """CIFAR-10, CIFAR-100, STL-10 (train: with the unlabelled) and Imagenette, downloaded on demand."""
+    sets, root = torchvision.datasets, path or "downloads"
+    try:
+        if name == "imagenette":
+            there = os.path.isdir(os.path.join(root, "imagenette2-160"))
+            sets.Imagenette(root, size="160px", download=not there)
+            return read_folder(os.path.join(root, "imagenette2-160"))
+        if name == "stl10":
+            parts = [sets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")]
+            return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
+                           part.classes) for part in parts]
+        kind = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
+        parts = [kind(root, train=train, download=True) for train in (True, False)]
+        return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                       torch.tensor(part.targets), part.classes) for part in parts]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): name its "
+                         "folder with --data-path, or use --data folder or textures") from error
+
+
+DATASETS = "textures cifar10 cifar100 stl10 imagenette folder".split()
+
+
+def load_data(name, path=None, image_size=32):
+    """-> train, test (None where there is nothing to evaluate by), each `Images` or `Folder`."""
+    if name == "textures":
+        return textures(10000, 0, image_size)[0], textures(1000, 1, image_size)[0]
+    return read_folder(path) if name == "folder" else from_torchvision(name, path)
+
+
+# ---- views -------------------------------------------------------------------------------------
+
+CROP_DRAWS, COLOUR_DRAWS = 23, 9
+
+
+def crop_boxes(draw, height, width, scale):
+    """Random resized crops by torchvision's rule: draws (B, 23) -> top, left, height, width, (B,) int64.
+
+    Area uniform in `scale` of the image, aspect log-uniform in [3/4, 4/3]; the first of ten tries that
+    fits, else the largest central crop of an allowed aspect.
+    """
+    low, high = scale
+    area = height * width * (low + (high - low) * draw[:, :10])
+    aspect = torch.exp(math.log(4 / 3) * (2 * draw[:, 10:20] - 1))
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    spare_w, spare_h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    some = fits.any(1)
+    w = torch.where(some, w.gather(1, first).squeeze(1), spare_w)
+    h = torch.where(some, h.gather(1, first).squeeze(1), spare_h)
+    top = torch.where(some, (draw[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).floor())
+    left = torch.where(some, (draw[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).floor())
+    return top.long(), left.long(), h.long(), w.long()
+
+
+def resize_matrix(start, length, size_in, size_out, flip=None):
+    """Antialiased bilinear resize of pixels start .. start + length -> (B, size_out, size_in)."""
+    out = torch.arange(size_out, device=start.device).expand(len(start), -1)
+    if flip is not None:
+        out = torch.where(flip.unsqueeze(1), size_out - 1 - out, out)
+    scale = length.view(-1, 1, 1) / size_out
+    source = torch.arange(size_in, device=start.device) - start.view(-1, 1, 1)  # within the crop
+    distance = (source + 0.5 - (out.unsqueeze(2) + 0.5) * scale).abs() / scale.clamp_min(1)
+    weight = (1 - distance).clamp_min(0) * ((source >= 0) & (source < length.view(-1, 1, 1)))
+    return weight / weight.sum(2, keepdim=True)
+
+
+def crop(images, draw, size, scale):
+    """Random resized crops, flipped: uint8 (B, 3, height, width), draws (B, 23) -> (B, 3, S, S), 0 to 1."""
+    height, width = images.shape[2:]
+    top, left, h, w = crop_boxes(draw, height, width, scale)
+    rows = resize_matrix(top, h, height, size).unsqueeze(1)
+    columns = resize_matrix(left, w, width, size, flip=draw[:, 22] < 0.5).unsqueeze(1)
+    return rows @ (images.float() / 255) @ columns.mT
+
+
+def crop_pil(image, draw, size, scale):
+    """The same of one PIL image, draws (1, 23) -> uint8 (3, S, S): what a loader's worker does."""
+    top, left, h, w = (int(x) for x in crop_boxes(draw, image.height, image.width, scale))
+    view = image.resize((size, size), Image.BILINEAR, box=(left, top, left + w, top + h))
+    return to_tensor(ImageOps.mirror(view) if draw[0, 22] < 0.5 else view)
+
+
+def grey(x):
+    """ITU-R 601 luma, as torchvision: (B, 3, S, S) -> (B, 1, S, S)."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def shift_hue(x, turns):
+    """Exact HSV hue shift by `turns` (B, 1, 1): (B, 3, S, S) -> (B, 3, S, S)."""
+    value, least = x.amax(1), x.amin(1)
+    spread = value - least
+    red, green, blue = x.unbind(1)
+    safe = spread.clamp_min(1e-8)
+    hue = torch.where(value == red, (green - blue) / safe,
+                      torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) / 6
+    return hsv_to_rgb(hue + turns, spread / value.clamp_min(1e-8), value)
+
+
+def blur(x, sigma):
+    """Gaussian blur, sigma (B,) in pixels, kernel of a tenth of the side, reflected borders.
+
+    It is separable: one (S, S) matrix an image, for the rows and for the columns.
+    """
+    S = x.shape[-1]
+    radius = min(S - 1, math.ceil(S / 20))
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    weight = torch.exp(-0.5 * (offsets / sigma.unsqueeze(1)).square())
+    weight = weight / weight.sum(1, keepdim=True)  # (B, taps)
+    at = torch.arange(S, device=x.device).unsqueeze(1) + offsets
+    at = S - 1 - (S - 1 - at.abs()).abs()  # reflected
+    matrix = x.new_zeros(len(x), S, S)
+    matrix.scatter_add_(2, at.expand(len(x), -1, -1), weight.unsqueeze(1).expand(-1, S, -1))
+    return matrix.unsqueeze(1) @ x @ matrix.mT.unsqueeze(1)
+
+
+def colour(x, draw, jitter=0.4, hue=0.1, blur_probability=0.5, solarize_probability=0.0):
+    """Jitter (p .8), grey (p .2), blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same shape.
+
+    Brightness, contrast and saturation vary by a factor in 1 ± jitter (saturation half as much, as in
+    BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
+    """
+    draw = draw.view(len(x), 9, 1, 1, 1)
+    factor = 1 + jitter * (2 * draw[:, 1:4] - 1)
+    y = (x * factor[:, 0]).clamp(0, 1)
+    mean = grey(y).mean((2, 3), keepdim=True)
+    y = (mean + (y - mean) * factor[:, 1]).clamp(0, 1)
+    shade = grey(y)
+    y = (shade + (y - shade) * (1 + (factor[:, 2] - 1) / 2)).clamp(0, 1)
+    y = shift_hue(y, hue * (2 * draw[:, 4, 0] - 1)) if hue else y
+    x = torch.where(draw[:, 0] < 0.8, y, x)
+    x = torch.where(draw[:, 5] < 0.2, grey(x), x)
+    if blur_probability:
+        sigma = 0.1 + (min(2.0, x.shape[-1] / 32) - 0.1) * draw[:, 7].flatten()
+        x = torch.where(draw[:, 6] < blur_probability, blur(x, sigma), x)
+    if solarize_probability:
+        x = torch.where((draw[:, 8] < solarize_probability) & (x >= 0.5), 1 - x, x)
+    return x
+
+
+def normalize(x):
+    """[0, 1] -> zero mean and unit variance by ImageNet's statistics."""
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
+def cut(image, epoch, index, seed, views):
+    """All crops of one PIL image: `views` is a list of (side, scale of area)."""
+    draws = [uniform(CROP_DRAWS, seed, epoch, torch.tensor([index]), view) for view in range(len(views))]
+    return [crop_pil(image, draw, size, scale) for draw, (size, scale) in zip(draws, views)]
+
+
+def collate(items):
+    views, index, bad = zip(*items)
+    views = [torch.stack(x) for x in zip(*views)] if isinstance(views[0], list) else torch.stack(views)
+    return views, torch.tensor(index), [index for some in bad for index in some]
+
+
+def loader(folder, batches, workers, device):
+    return torch.utils.data.DataLoader(folder, batch_sampler=batches, num_workers=workers,
+                                       collate_fn=collate, pin_memory=device.type == "cuda")
+
+
+def train_batches(data, steps, views, seed, device, workers=0, **colours):
+    """Batches of views: for each (epoch, index (B,)) of `steps`, (index, weak, strong).
+
+    Both are lists, one normalised (B, 3, S, S) for each (side, scale of area) of `views`: `weak` is
+    cropped and flipped, `strong` the same crop with new colours, where any of `colours` is given.
+    """
+    def finish(crops, epoch, index):
+        strong = [colour(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view), **colours)
+                  for view, x in enumerate(crops)] if colours else crops
+        return index, [normalize(x) for x in crops], [normalize(x) for x in strong]
+
+    if isinstance(data, Images):
+        images = data.images.to(device)
+        for epoch, index in steps:
+            index = index.to(device)
+            draws = [uniform(CROP_DRAWS, seed, epoch, index, view) for view in range(len(views))]
+            pixels = images[index]
+            yield finish([crop(pixels, draw, *view) for draw, view in zip(draws, views)], epoch, index)
+        return
+    data.cut = partial(cut, seed=seed, views=views)
+    steps, again = itertools.tee(steps)
+    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in steps)
+    for (epoch, _), (crops, index, bad) in zip(again, loader(data, keys, workers, device)):
+        data.report(bad)
+        crops = [x.to(device, non_blocking=True).float() / 255 for x in crops]
+        yield finish(crops, epoch, index.to(device))
+
+
+def eval_batches(data, indices, size, device, workers=0, batch_size=256):
+    """Images as they are measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,))."""
+    pieces = torch.as_tensor(indices).split(batch_size)
+    if isinstance(data, Images):
+        for index in pieces:
+            images, sides = data.images[index].to(device).float() / 255, data.images.shape[2:]
+            if tuple(sides) != (size, size):
+                sides = [round(side * size / min(sides)) for side in sides]
+                images = F.interpolate(images, sides, mode="bilinear", antialias=True)
+                images = torchvision.transforms.functional.center_crop(images, size)
+            yield normalize(images), data.labels[index]
+        return
+    data.size = size
+    keys = [[(None, i) for i in piece.tolist()] for piece in pieces]
+    for images, index, bad in loader(data, keys, workers, device):
+        data.report(bad)
+        good = ~torch.isin(index, torch.tensor(bad))
+        yield normalize(images[good].to(device).float() / 255), data.labels[index[good]]
