@@ -1,0 +1,253 @@
+"""How good are frozen features? Let the nearest neighbours among labelled images vote.
+
+    score(class c) = sum of exp(cos(x, f_i) / temperature), i = the k nearest references of class c
+
+No training, no learning rate: the first thing to look at (Wu et al. 2018, arXiv 1805.01978, section
+3.4; k = 20 and temperature 0.07 are DINO's, arXiv 2104.14294). Relations do not see a common offset of
+the features; `--center` takes it away (the mean of the references). Among several k the best is chosen on a held-out tenth of the references.
+
+    python eval_knn.py --checkpoint runs/rkd-textures/checkpoint.pt
+    python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
+    torchrun --nproc_per_node=8 eval_knn.py --checkpoint dino.pth --arch vit_small --data folder ..
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data import DATASETS, eval_batches, load_data
+from model import ARCHS, POOLS, open_backbone, pool_tokens
+
+def features_of(vit, images, pool):
+    """(B, 3, S, S) -> (B, D). `last4` joins the CLS of the last four blocks, as DINO's probe does."""
+    if pool == "last4":
+        return torch.cat([tokens[:, 0] for tokens in vit.last_blocks(images, 4)], 1)
+    return pool_tokens(vit(images), pool)
+
+
+@torch.no_grad()
+def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0):
+    """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
+
+    Images without a label and unreadable ones are left out. Over processes, each takes a share and
+    all get the whole, in order. `vit` None stands for the raw pixels, averaged down to at most 32 x 32.
+    """
+    indices = torch.arange(len(data)) if indices is None else indices
+    indices = indices[data.labels[indices] >= 0]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = indices.tensor_split(world)[rank]
+    was_training = vit is not None and vit.training
+    features, labels = [], []
+    if vit is not None:
+        vit.eval()
+    for images, label in eval_batches(data, share, size, torch.device(device), workers):
+        found = features_of(vit, images, pool) if vit is not None else \
+            F.adaptive_avg_pool2d(images, min(32, size)).flatten(1)
+        features.append(found.float().cpu())
+        labels.append(label)
+    if vit is not None:
+        vit.train(was_training)
+    both = [torch.cat(x) if x else torch.zeros(0) for x in (features, labels)]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, both)
+        both = [torch.cat(x) for x in zip(*(part for part in parts if len(part[1])))]
+    return both[0], both[1].long()
+
+
+def knn_scores(train_features, train_labels, test_features, num_classes, ks, temperature=0.07):
+    """Weighted votes for several k from one search: (R, D), (R,), (M, D) -> {k: (M, C) float32}.
+
+    Rows are normalised here; k is at most R. Memory is bounded: some test rows at a time.
+    """
+    train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
+    scores = {k: test.new_zeros(len(test), num_classes) for k in ks}
+    rows = max(1, 2**26 // len(train))
+    for start in range(0, len(test), rows):
+        cos = test[start:start + rows] @ train.T
+        cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
+        votes, labels = (cos / temperature).exp(), train_labels[nearest]
+        for k in ks:
+            scores[k][start:start + rows].scatter_add_(1, labels[:, :k], votes[:, :k])
+    return scores
+
+
+def knn_predict(train_features, train_labels, test_features, num_classes, k=20, temperature=0.07):
+    """Class scores (M, C) of the weighted k-NN vote above; argmax is the prediction."""
+    return knn_scores(train_features, train_labels, test_features, num_classes, [k], temperature)[k]
+
+
+def percent(right):
+    """Share of True in percent, to four digits."""
+    return round(100 * right.double().mean().item(), 4)
+
+
+def knn_top1(train, test, k=20, center=False):
+    """Accuracy in percent of (features, labels) `test` by the references `train`."""
+    offset = train[0].mean(0) if center else 0
+    classes = int(max(train[1].max(), test[1].max())) + 1
+    scores = knn_predict(train[0] - offset, train[1], test[0] - offset, classes, k)
+    return percent(scores.argmax(1) == test[1])
+
+
+def held_out(count, part=0.1, seed=0):
+    """Split 0 .. count - 1 at random into what to fit by and what to choose by -> two index tensors."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    cut = max(1, round(part * count)) if count > 1 else 0
+    return order[cut:], order[:cut]
+
+
+# ---- what the command lines of all scripts share -----------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on standard error and status 2."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The header of the file as it is written, and each default behind its help."""
+
+
+def natural(text, least=0):
+    """An argparse type: a whole number from 0."""
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+    return value
+
+
+def positive(text):
+    """An argparse type: a whole number from 1."""
+    return natural(text, 1)
+
+
+def pick_device(name):
+    """cuda (the one of this process), mps or cpu: `auto` takes the first that is there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        raise ValueError(f"--device {name}: there is none here; leave it out to take what is there")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def join_processes(device):
+    """Join the processes that torchrun started, if it did -> (rank, how many)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def evaluation_options(doc):
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
+    add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
+    add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
+    add("--data-path", help="folder of the data; default: the checkpoint's, when --data is its too")
+    add("--image-size", type=positive, help="side in pixels; default: the checkpoint's")
+    add("--pool", choices=[*POOLS, "last4"], help="feature; default: the checkpoint's, else cls")
+    add("--center", action="store_true", help="subtract the mean feature of the references")
+    add("--cache", help="folder to keep the features in, for the next call")
+    add("--workers", type=natural, default=2, help="processes that decode images, for folders")
+    add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
+    return parser
+
+
+def prepare(args):
+    """Options -> the network and the two sets; whatever can be wrong is found out here."""
+    device = pick_device(args.device)
+    vit, options = open_backbone(args.checkpoint, args.arch)
+    name = args.data or options.get("data")
+    if not name:
+        raise ValueError(f"{args.checkpoint} does not say its data: add --data {'|'.join(DATASETS)}")
+    path = args.data_path or (options.get("data_path") if name == options.get("data") else None)
+    size, pool = args.image_size or options["image_size"], args.pool or options.get("pool", "cls")
+    vit.grid_of(size, size)  # refuses a size that the patches do not divide
+    rank, world = join_processes(device)
+    train, test = load_data(name, path, size)
+    if test is None:
+        raise ValueError(f"--data-path {path} has no classes, or no val/ or test/ to measure by")
+    key = None
+    if args.cache:
+        with open(args.checkpoint, "rb") as file:
+            key = hashlib.sha256(repr((name, path, size, pool)).encode() + file.read()).hexdigest()
+    return SimpleNamespace(vit=vit.to(device), train=train, test=test, size=size, pool=pool,
+                           device=device, key=key, rank=rank, world=world)
+
+
+def labelled_features(run, args):
+    """(features, labels) of references and of test images, kept in --cache where it is given."""
+    cached = args.cache and os.path.join(args.cache, run.key + ".pt")
+    if cached and os.path.exists(cached):
+        found, run.train.unreadable = torch.load(cached, weights_only=True)
+        return found
+    found = [extract_features(run.vit, data, run.size, run.pool, run.device, workers=args.workers)
+             for data in (run.train, run.test)]
+    if cached and run.rank == 0:
+        os.makedirs(args.cache, exist_ok=True)
+        torch.save((found, sorted(run.train.unreadable)), cached)
+    return found
+
+
+def report(rows, result):
+    """A table for people, then one line of JSON for programs, from the first process alone."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    for row in rows:
+        print("".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in row))
+    print(json.dumps(result), flush=True)
+
+
+def main():
+    parser = evaluation_options(__doc__)
+    add = parser.add_argument
+    add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
+    add("--temperature", type=float, default=0.07, help="of the votes")
+    args = parser.parse_args()
+    if args.temperature <= 0:
+        parser.error(f"--temperature {args.temperature} must be above 0")
+    try:
+        run = prepare(args)
+    except ValueError as error:
+        parser.error(error)
+    train, test = labelled_features(run, args)
+    fit, choose = held_out(len(train[1]))
+    ks = sorted({min(k, len(fit)) for k in args.k})
+    if ks != sorted(set(args.k)):
+        print(f"k is at most {len(fit)}, the references left beside the held-out tenth: took {ks}")
+    if args.center:
+        offset = train[0].mean(0)
+        train, test = ((features - offset, labels) for features, labels in (train, test))
+    classes = int(max(train[1].max(), test[1].max())) + 1
+
+    def accuracies(references, queries):
+        scores = knn_scores(*references, queries[0], classes, ks, args.temperature)
+        return {k: percent(x.argmax(1) == queries[1]) for k, x in scores.items()}
+
+    chosen_by = accuracies([x[fit] for x in train], [x[choose] for x in train])
+    top1 = accuracies(train, test)
+    best = max(ks, key=chosen_by.get)
+    report([("k", "held out", "test")] + [(str(k), chosen_by[k], top1[k]) for k in ks],
+           {"knn_top1": top1[best], "k": best, **{f"knn_top1_k{k}": top1[k] for k in ks},
+            "references": len(train[1]), "tests": len(test[1]), "center": args.center})
+
+
+if __name__ == "__main__":
+    main()
