@@ -1,0 +1,127 @@
+"""How much can a linear classifier read from frozen features? All learning rates at once.
+
+    logits = x̂ W + b,    x̂ = (x - mean) / std of the training features,    loss = cross-entropy
+
+The features are computed once; L heads, one a learning rate, are trained side by side as one matrix
+product, by SGD with momentum .9, no weight decay and a cosine schedule (DINO's probe, arXiv
+2104.14294, with the feature normalisation of MAE's, arXiv 2111.06377, table 9). A held-out tenth of
+the training images chooses the learning rate; the test images are counted once, for that head. With
+--augment, each epoch sees new random crops and flips (the published protocol): one backbone pass
+feeds every head.
+
+    python eval_linear.py --checkpoint runs/rkd-textures/checkpoint.pt
+    python eval_linear.py --checkpoint c.pt --data folder --data-path /imagenet --augment
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint dino.pth --arch vit_small --pool last4 ..
+
+Left out: LARS and batches of 16384; MAE-like features gain about a point from them.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import fold, train_batches
+from eval_knn import (evaluation_options, features_of, held_out, labelled_features, percent, positive,
+                      prepare, report)
+
+
+class Heads:
+    """L linear classifiers side by side, each with its learning rate: W (L, D, C), b (L, 1, C)."""
+
+    def __init__(self, lrs, width, classes, device="cpu"):
+        self.lrs = torch.tensor(lrs, device=device).view(-1, 1, 1)
+        self.parameters = [torch.zeros(len(lrs), width, classes, device=device),
+                           torch.zeros(len(lrs), 1, classes, device=device)]
+        self.velocities = [torch.zeros_like(x) for x in self.parameters]
+
+    def logits(self, x):
+        """(B, D) -> (L, B, C)."""
+        return x @ self.parameters[0] + self.parameters[1]
+
+    def step(self, x, labels, progress):
+        """One SGD step on features (B, D): d cross-entropy / d logits = softmax - one-hot."""
+        error = self.logits(x).softmax(2) - F.one_hot(labels, self.parameters[1].shape[2])
+        error /= len(x)
+        gradients = x.T @ error, error.sum(1, keepdim=True)
+        lrs = self.lrs * (1 + math.cos(math.pi * progress)) / 2
+        for parameter, velocity, gradient in zip(self.parameters, self.velocities, gradients):
+            velocity.mul_(0.9).add_(gradient)
+            parameter -= lrs * velocity
+
+    def accuracy(self, x, labels):
+        """Percent right of each head, a list of L."""
+        right = [self.logits(a).argmax(2) == b for a, b in zip(x.split(4096), labels.split(4096))]
+        return [percent(row) for row in torch.cat(right, 1)]
+
+
+def orders(count, batch, epochs, seed):
+    """(epoch, indices) batch by batch: a permutation an epoch, its smaller last batch included."""
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(fold(seed, epoch)))
+        for index in order.split(batch):
+            yield epoch, index
+
+
+def augmented(run, args, index_of, mean, std):
+    """(features, labels) of fresh crops (area .08 .. 1, as published) and flips, batch by batch.
+
+    Over processes each encodes its share of a batch, and all get the whole.
+    """
+    steps = ((epoch, index_of[i].tensor_split(run.world)[run.rank])
+             for epoch, i in orders(len(index_of), args.batch_size, args.epochs, args.seed))
+    views = [(run.size, (0.08, 1.0))]
+    for index, (images,), _ in train_batches(run.train, steps, views, args.seed, run.device, args.workers):
+        batch = features_of(run.vit, images, run.pool).float().cpu(), run.train.labels[index.cpu()]
+        if run.world > 1:
+            parts = [None] * run.world
+            dist.all_gather_object(parts, batch)
+            batch = [torch.cat(x) for x in zip(*parts)]
+        yield (batch[0] - mean) / std, batch[1]
+
+
+@torch.no_grad()
+def main():
+    parser = evaluation_options(__doc__)
+    add = parser.add_argument
+    add("--lrs", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        help="learning rates, absolute, one head each")
+    add("--epochs", type=positive, default=100, help="passes over the training images")
+    add("--batch-size", type=positive, default=1024, help="images a step")
+    add("--augment", action="store_true", help="new crops and flips each epoch (the published protocol)")
+    add("--seed", type=int, default=0, help="of the order and of the crops")
+    args = parser.parse_args()
+    if min(args.lrs) <= 0:
+        parser.error(f"--lrs {args.lrs} must be above 0")
+    try:
+        run = prepare(args)
+    except ValueError as error:
+        parser.error(error)
+
+    train, test = labelled_features(run, args)
+    fit, choose = held_out(len(train[1]))
+    mean, std = train[0][fit].mean(0), train[0][fit].std(0, unbiased=False).clamp_min(1e-6)
+    (x, y), (test_x, test_y) = (((features - mean) / std, labels) for features, labels in (train, test))
+    if args.augment:
+        run.vit.eval()
+        labelled = (run.train.labels >= 0).nonzero().flatten()
+        labelled = labelled[~torch.isin(labelled, torch.tensor(sorted(run.train.unreadable)))]
+        batches = augmented(run, args, labelled[fit], mean, std)
+    else:
+        order = orders(len(fit), args.batch_size, args.epochs, args.seed)
+        batches = ((x[fit[i]], y[fit[i]]) for _, i in order)
+    heads = Heads(args.lrs, x.shape[1], int(max(y.max(), test_y.max())) + 1)
+    total = args.epochs * math.ceil(len(fit) / args.batch_size)
+    bar = tqdm(batches, total=total, disable=None if run.rank == 0 else True)
+    for step, (features, labels) in enumerate(bar):
+        heads.step(features, labels, step / total)
+    chosen_by, top1 = heads.accuracy(x[choose], y[choose]), heads.accuracy(test_x, test_y)
+    best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
+    rows = [(str(lr), *both) for lr, *both in zip(args.lrs, chosen_by, top1)]
+    report([("lr", "held out", "test")] + rows,
+           {"linear_top1": top1[best], "lr": args.lrs[best], "references": len(fit), "tests": len(test_y)})
+
+
+if __name__ == "__main__":
+    main()
