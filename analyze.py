@@ -1,0 +1,120 @@
+"""Pictures of a run, each from its folder alone; train.py draws both when it ends.
+
+    python analyze.py curves runs/rkd-textures   # curves.png: k-NN, losses, effective rank over steps
+    python analyze.py masks runs/rkd-textures    # masks.png: what the two see, how they relate images
+
+Left out so far: comparing several runs.
+"""
+import argparse
+import json
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from data import MEAN, STD, eval_batches, fold, load_data, train_batches
+from losses import pairwise_distance
+from masking import MASKS
+from model import pool_tokens
+from objectives import build_network
+
+
+def new_figure(**mosaic):
+    """(figure, axes by letter), drawn to files only. Imported here: training needs no matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplot_mosaic(layout="constrained", **mosaic)
+
+
+def curves(folder):
+    """curves.png from log.jsonl."""
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        rows = [json.loads(line) for line in file]
+    figure, axes = new_figure(mosaic="abc", figsize=(12, 3.4))
+    evaluated, trained = ([row for row in rows if name in row] for name in ("knn_top1", "loss"))
+
+    def line(place, name, chosen, style="-", **options):
+        chosen = [row for row in chosen if name in row]
+        if chosen:
+            x, y = zip(*((row["step"], row[name]) for row in chosen))
+            axes[place].plot(x, y, style, **options)
+
+    line("a", "knn_top1", evaluated, "o-", label="teacher")
+    for name, style, label in (("raw_pixels_knn_top1_centered", "--", "raw pixels, centred"),
+                               ("untrained_knn_top1", ":", "untrained network")):
+        if evaluated and name in evaluated[0]:
+            axes["a"].axhline(evaluated[0][name], ls=style, color="0.4", label=label)
+    axes["a"].set_title("k-NN accuracy, %")
+    for name, style in dict(distance="-", angle="--", pull=":").items():
+        line("b", name, trained, style, label=name)
+    axes["b"].set(title="losses", yscale="log")
+    line("c", "effective_rank", trained, label="of a batch")
+    line("c", "test_effective_rank", evaluated, "o--", label="of the test images")
+    axes["c"].set(title="effective rank: no collapse", ylim=(0, None))
+    for place in axes.values():
+        place.set_xlabel("step")
+        if place.get_legend_handles_labels()[0]:
+            place.legend()
+    figure.savefig(os.path.join(folder, "curves.png"), dpi=100)
+
+
+@torch.no_grad()
+def masks(folder, sets=None, shown=6, each=8):
+    """masks.png from checkpoint.pt: two views as the networks see them, and their distance matrices."""
+    state = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    args, device = argparse.Namespace(**state["args"]), torch.device("cpu")
+    student, teacher = build_network(args).eval(), build_network(args).eval()
+    student.load_state_dict(state["student"])
+    teacher.load_state_dict(state["teacher"], strict=False)  # the predictor is the student's alone
+    train, test = sets or load_data(args.data, args.data_path, args.image_size)
+
+    def hide(count, key):
+        maker = MASKS.get(args.mask, MASKS["random"])  # attention: drawn at random here
+        return maker(count, student.backbone.grid, args.mask_ratio,
+                     torch.Generator().manual_seed(fold(args.seed, 4, key)))
+
+    def pixels(x):
+        return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+
+    shown, views = min(shown, len(train)), [(args.image_size, args.crop_scale)] * 2
+    _, weak, strong = next(train_batches(train, [(0, torch.arange(shown))], views, args.seed, device,
+                                         jitter=args.jitter, hue=args.hue))
+    hidden = hide(shown, 0).view(shown, 1, *student.backbone.grid).float()
+    hidden = F.interpolate(hidden, args.image_size) > 0
+    whole = pixels((weak if args.weak_teacher else strong)[1])
+    part = torch.where(hidden, 0.6, pixels(strong[0]))
+    figure, axes = new_figure(mosaic="aabc", figsize=(12, 3.2))
+    rows = [torch.cat([*F.pad(row, (1, 1, 1, 1), value=1)], 2) for row in (whole, part)]
+    axes["a"].imshow(torch.cat(rows, 1).permute(1, 2, 0))
+    axes["a"].set_title("teacher: a whole view (above); student: part of another", fontsize=10)
+
+    data = test or train
+    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each]
+                        for label in data.labels.unique()[:10]])
+    images = torch.cat([x for x, _ in eval_batches(data, chosen, args.image_size, device)])
+    points = {"teacher": teacher.backbone(images),
+              "student": student.backbone(images, hide(len(images), 1), drop=args.hide == "drop")}
+    for place, (name, tokens) in zip("bc", points.items()):
+        distances = pairwise_distance(pool_tokens(tokens, args.pool))
+        low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
+        axes[place].imshow(distances, cmap="gray", vmin=low, vmax=high)
+        axes[place].set_title(f"{name}'s distances,\n{len(chosen)} images by class", fontsize=10)
+    for place in axes.values():
+        place.axis("off")
+    figure.savefig(os.path.join(folder, "masks.png"), dpi=100)
+
+
+FIGURES = dict(curves=curves, masks=masks)
+
+if __name__ == "__main__":
+    from eval_knn import Parser
+    parser = Parser(__doc__)
+    parser.add_argument("figure", choices=FIGURES, help="which picture")
+    parser.add_argument("folder", help="--out-dir of a run")
+    args = parser.parse_args()
+    try:
+        FIGURES[args.figure](args.folder)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{args.folder} is no folder of a finished run of train.py ({error})")
