@@ -92,7 +92,7 @@ def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspe
     columns = torch.arange(gw, device=draw.device).view(1, 1, -1)
     aspect = torch.exp((2 * draw[0] - 1) * math.log(1 / min_aspect))
     height = (visible * aspect).sqrt().round().clamp(max(1, math.ceil(visible / gw)), gh)
-    width = (visible / height).ceil()
+    width = -(-visible // height)  # rounded up
     top = (draw[1] * (gh - height + 1)).floor()
     left = (draw[2] * (gw - width + 1)).floor()
     shown = inside(rows, columns, top, left, height, width)
