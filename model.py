@@ -261,7 +261,7 @@ def read_weights(path):
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except Exception as error:  # whatever a hostile or broken file provokes
-        reason = "it holds code" if "weights_only" in str(error) else type(error).__name__
+        reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written by "
                          "train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
     inner = file
@@ -308,7 +308,7 @@ def open_backbone(path, arch=None):
     they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have.
     """
     file, weights = read_weights(path)
-    ours = isinstance(file.get("args"), dict) and "step" in file
+    ours = isinstance(file.get("args"), dict) and {"arch", "patch_size", "image_size"} <= set(file["args"])
     options = dict(file["args"]) if ours else {"arch": arch}
     if ours and arch not in (None, options["arch"]):
         raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
