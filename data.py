@@ -371,7 +371,7 @@ def crop(images, draw, size, scale):
 def crop_pil(image, draw, size, scale):
     """The same of one PIL image, draws (1, 23) -> uint8 (3, S, S): what a loader's worker does."""
     top, left, h, w = (int(x) for x in crop_boxes(draw, image.height, image.width, scale))
-    view = image.resize((size, size), Image.BILINEAR, box=(left, top, left + w, top + h))
+    view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR)
     return to_tensor(ImageOps.mirror(view) if draw[0, 22] < 0.5 else view)
 
 
@@ -499,4 +499,5 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
     for images, index, bad in loader(data, keys, workers, device):
         data.report(bad)
         good = ~torch.isin(index, torch.tensor(bad))
-        yield normalize(images[good].to(device).float() / 255), data.labels[index[good]]
+        if good.any():
+            yield normalize(images[good].to(device).float() / 255), data.labels[index[good]]
