@@ -20,19 +20,18 @@ from model import pool_tokens
 from objectives import build_network
 
 
-def new_figure(**mosaic):
+def new_figure(mosaic, size):
     """(figure, axes by letter), drawn to files only. Imported here: training needs no matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplot_mosaic(layout="constrained", **mosaic)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplot_mosaic(mosaic)
 
 
 def curves(folder):
     """curves.png from log.jsonl."""
     with open(os.path.join(folder, "log.jsonl")) as file:
         rows = [json.loads(line) for line in file]
-    figure, axes = new_figure(mosaic="abc", figsize=(12, 3.4))
+    figure, axes = new_figure("abc", (12, 3.4))
     evaluated, trained = ([row for row in rows if name in row] for name in ("knn_top1", "loss"))
 
     def line(place, name, chosen, style="-", **options):
@@ -42,7 +41,7 @@ def curves(folder):
             axes[place].plot(x, y, style, **options)
 
     line("a", "knn_top1", evaluated, "o-", label="teacher")
-    for name, style, label in (("raw_pixels_knn_top1_centered", "--", "raw pixels, centred"),
+    for name, style, label in (("raw_pixels_knn_top1", "--", "raw pixels, centred"),
                                ("untrained_knn_top1", ":", "untrained network")):
         if evaluated and name in evaluated[0]:
             axes["a"].axhline(evaluated[0][name], ls=style, color="0.4", label=label)
@@ -52,7 +51,7 @@ def curves(folder):
     axes["b"].set(title="losses", yscale="log")
     line("c", "effective_rank", trained, label="of a batch")
     line("c", "test_effective_rank", evaluated, "o--", label="of the test images")
-    axes["c"].set(title="effective rank: no collapse", ylim=(0, None))
+    axes["c"].set(title="effective rank (1: collapsed)", ylim=(0, None))
     for place in axes.values():
         place.set_xlabel("step")
         if place.get_legend_handles_labels()[0]:
@@ -85,9 +84,9 @@ def masks(folder, sets=None, shown=6, each=8):
     hidden = F.interpolate(hidden, args.image_size) > 0
     whole = pixels((weak if args.weak_teacher else strong)[1])
     part = torch.where(hidden, 0.6, pixels(strong[0]))
-    figure, axes = new_figure(mosaic="aabc", figsize=(12, 3.2))
+    figure, axes = new_figure("aabc", (12, 3.2))
     rows = [torch.cat([*F.pad(row, (1, 1, 1, 1), value=1)], 2) for row in (whole, part)]
-    axes["a"].imshow(torch.cat(rows, 1).permute(1, 2, 0))
+    axes["a"].imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy())
     axes["a"].set_title("teacher: a whole view (above); student: part of another", fontsize=10)
 
     data = test or train
@@ -99,7 +98,7 @@ def masks(folder, sets=None, shown=6, each=8):
     for place, (name, tokens) in zip("bc", points.items()):
         distances = pairwise_distance(pool_tokens(tokens, args.pool))
         low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
-        axes[place].imshow(distances, cmap="gray", vmin=low, vmax=high)
+        axes[place].imshow(distances.numpy(), cmap="gray", vmin=low, vmax=high)
         axes[place].set_title(f"{name}'s distances,\n{len(chosen)} images by class", fontsize=10)
     for place in axes.values():
         place.axis("off")
