@@ -13,6 +13,7 @@ the features; `--center` takes it away (the mean of the references). Among sever
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from types import SimpleNamespace
@@ -122,16 +123,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def natural(text, least=0):
-    """An argparse type: a whole number from 0."""
+    """An argparse type: a whole number from 0, of 32 bits."""
     value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+    if not least <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} must lie in {least} .. {2**32 - 1}")
     return value
 
 
 def positive(text):
     """An argparse type: a whole number from 1."""
     return natural(text, 1)
+
+
+def number(low, high=math.inf):
+    """An argparse type: a finite float in [low, high]."""
+    def number(text):
+        value = float(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low} .. {high}")
+        return value
+    return number
 
 
 def pick_device(name):
@@ -186,6 +197,10 @@ def prepare(args):
         raise ValueError(f"--data-path {path} has no classes, or no val/ or test/ to measure by")
     key = None
     if args.cache:
+        try:
+            os.makedirs(args.cache, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--cache {args.cache} cannot be a folder: {error}") from error
         with open(args.checkpoint, "rb") as file:
             key = hashlib.sha256(repr((name, path, size, pool)).encode() + file.read()).hexdigest()
     return SimpleNamespace(vit=vit.to(device), train=train, test=test, size=size, pool=pool,
@@ -196,12 +211,12 @@ def labelled_features(run, args):
     """(features, labels) of references and of test images, kept in --cache where it is given."""
     cached = args.cache and os.path.join(args.cache, run.key + ".pt")
     if cached and os.path.exists(cached):
-        found, run.train.unreadable = torch.load(cached, weights_only=True)
+        found, unreadable = torch.load(cached, weights_only=True)
+        run.train.unreadable = set(unreadable)
         return found
     found = [extract_features(run.vit, data, run.size, run.pool, run.device, workers=args.workers)
              for data in (run.train, run.test)]
     if cached and run.rank == 0:
-        os.makedirs(args.cache, exist_ok=True)
         torch.save((found, sorted(run.train.unreadable)), cached)
     return found
 
@@ -219,10 +234,8 @@ def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
     add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-    add("--temperature", type=float, default=0.07, help="of the votes")
+    add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
     args = parser.parse_args()
-    if args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0")
     try:
         run = prepare(args)
     except ValueError as error:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches
-from eval_knn import (evaluation_options, features_of, held_out, labelled_features, percent, positive,
-                      prepare, report)
+from eval_knn import (evaluation_options, features_of, held_out, labelled_features, natural, number, percent,
+                      positive, prepare, report)
 
 
 class Heads:
@@ -85,15 +85,13 @@ def augmented(run, args, index_of, mean, std):
 def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
-    add("--lrs", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    add("--lrs", type=number(1e-9), nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="learning rates, absolute, one head each")
     add("--epochs", type=positive, default=100, help="passes over the training images")
     add("--batch-size", type=positive, default=1024, help="images a step")
     add("--augment", action="store_true", help="new crops and flips each epoch (the published protocol)")
-    add("--seed", type=int, default=0, help="of the order and of the crops")
+    add("--seed", type=natural, default=0, help="of the order and of the crops")
     args = parser.parse_args()
-    if min(args.lrs) <= 0:
-        parser.error(f"--lrs {args.lrs} must be above 0")
     try:
         run = prepare(args)
     except ValueError as error:

@@ -12,7 +12,6 @@ losses.py, who sees what is in objectives.py; here is the run: options, schedule
 Everything is in --out-dir: checkpoint.pt, args.json, log.jsonl, curves.png, masks.png. A killed run
 goes on where it was with the same command; one process or many give the same run.
 """
-import argparse
 import contextlib
 import copy
 import json
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import analyze
 from data import DATASETS, UnreadableImages, fold, load_data, train_batches
-from eval_knn import (Parser, extract_features, join_processes, knn_top1, natural, pick_device,
-                      positive)
+from eval_knn import (Parser, extract_features, join_processes, knn_top1, natural, number,
+                      pick_device, positive)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update
@@ -73,7 +72,7 @@ def options():
     add("--batch-size", type=positive, default=128, help="images a step, over all processes; relations "
         "grow with its square, so the largest that fits")
     add("--grad-accum", type=positive, default=1, help="pieces of a batch; relations do not span them")
-    add("--epochs", type=number(0), help="length, fractions allowed; default: 20 unless --max-steps")
+    add("--epochs", type=number(1e-6), help="length, fractions allowed; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs the schedules end there too")
     add("--lr", type=number(0), default=3e-3, help="peak, absolute (AdamW); halve it if the loss jumps")
     add("--warmup", type=fraction, default=0.1, help="share of the run in which lr rises; more if unstable")
@@ -81,7 +80,7 @@ def options():
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
     add("--momentum", type=fraction, default=0.95, help="of the teacher, rising to 1; .99 for long runs")
 
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=natural, default=0, help="of everything random")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
     add("--compile", action="store_true", help="torch.compile both networks (CUDA)")
     add("--out-dir", help="folder of the run; default: runs/LOSS-DATA")
@@ -90,16 +89,6 @@ def options():
     add("--log-every", type=positive, default=20, help="steps between rows of log.jsonl")
     add("--eval-every", type=positive, help="steps between k-NN evaluations; default: ten in the run")
     return parser
-
-
-def number(low, high=math.inf):
-    """An argparse type: a finite float in [low, high]."""
-    def number(text):
-        value = float(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {low} .. {high}")
-        return value
-    return number
 
 
 # ---- the parts of a run ------------------------------------------------------------------------
@@ -230,7 +219,7 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
         if "knn_top1" in row:
-            shown = "step loss knn_top1 raw_pixels_knn_top1_centered effective_rank images_per_second"
+            shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}" for name in shown.split() if name in row))
         self.watch()
 
@@ -264,13 +253,12 @@ def agree(run, flag):
 
 
 def first_row(run):
-    """Step 0: what raw pixels and the untrained network reach, which training has to beat."""
+    """Step 0: what (centred) raw pixels and the untrained network reach, which training has to beat."""
     row = dict(step=0, epoch=0.0)
     if run.test_set is not None:
-        raw = features_for(run, None)
-        row |= evaluate(run) | dict(raw_pixels_knn_top1=knn_top1(*raw),
-                                    raw_pixels_knn_top1_centered=knn_top1(*raw, center=True))
-        row["untrained_knn_top1"] = row["knn_top1"]
+        row |= evaluate(run)
+        row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
+        row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, None), center=True)
     return row
 
 
