@@ -26,7 +26,13 @@ from data import DATASETS, eval_batches, load_data
 from model import ARCHS, POOLS, open_backbone, pool_tokens
 
 def features_of(vit, images, pool):
-    """(B, 3, S, S) -> (B, D). `last4` joins the CLS of the last four blocks, as DINO's probe does."""
+    """(B, 3, S, S) -> (B, D), by two more pools than the model knows.
+
+    `last4` joins the CLS of the last four blocks, as DINO's probe does; `pixels`, the control, is
+    the image itself, averaged down to at most 32 x 32.
+    """
+    if pool == "pixels":
+        return F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
     if pool == "last4":
         return torch.cat([tokens[:, 0] for tokens in vit.last_blocks(images, 4)], 1)
     return pool_tokens(vit(images), pool)
@@ -37,23 +43,18 @@ def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, w
     """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
 
     Images without a label and unreadable ones are left out. Over processes, each takes a share and
-    all get the whole, in order. `vit` None stands for the raw pixels, averaged down to at most 32 x 32.
+    all get the whole, in order.
     """
     indices = torch.arange(len(data)) if indices is None else indices
     indices = indices[data.labels[indices] >= 0]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = indices.tensor_split(world)[rank]
-    was_training = vit is not None and vit.training
-    features, labels = [], []
-    if vit is not None:
-        vit.eval()
+    features, labels, was_training = [], [], vit.training
+    vit.eval()
     for images, label in eval_batches(data, share, size, torch.device(device), workers):
-        found = features_of(vit, images, pool) if vit is not None else \
-            F.adaptive_avg_pool2d(images, min(32, size)).flatten(1)
-        features.append(found.float().cpu())
+        features.append(features_of(vit, images, pool).float().cpu())
         labels.append(label)
-    if vit is not None:
-        vit.train(was_training)
+    vit.train(was_training)
     both = [torch.cat(x) if x else torch.zeros(0) for x in (features, labels)]
     if world > 1:
         parts = [None] * world
@@ -173,7 +174,7 @@ def evaluation_options(doc):
     add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
     add("--data-path", help="folder of the data; default: the checkpoint's, when --data is its too")
     add("--image-size", type=positive, help="side in pixels; default: the checkpoint's")
-    add("--pool", choices=[*POOLS, "last4"], help="feature; default: the checkpoint's, else cls")
+    add("--pool", choices=[*POOLS, "last4", "pixels"], help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
     add("--cache", help="folder to keep the features in, for the next call")
     add("--workers", type=natural, default=2, help="processes that decode images, for folders")

@@ -185,17 +185,18 @@ def resume(run):
 
 def evaluate(run):
     """k-NN accuracy of the teacher's frozen features, plain and centred, in percent."""
-    train, test = features_for(run, run.teacher.backbone)
+    train, test = features_for(run, run.args.pool)
     return dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
                 knn_top1_centered=knn_top1(train, test, center=True))
 
 
-def features_for(run, vit, most=50000):
-    """(references, test) features; of large sets some images, evenly spaced."""
+def features_for(run, pool, most=50000):
+    """The teacher's (references, test) features; of large sets some images, evenly spaced."""
     some = [torch.linspace(0, len(data) - 1, min(len(data), most)).long()
             for data in (run.train_set, run.test_set)]
-    return [extract_features(vit, data, run.args.image_size, run.args.pool, run.device, indices,
-                             run.args.workers) for data, indices in zip((run.train_set, run.test_set), some)]
+    return [extract_features(run.teacher.backbone, data, run.args.image_size, pool, run.device, indices,
+                             run.args.workers)
+            for data, indices in zip((run.train_set, run.test_set), some)]
 
 
 class Log:
@@ -258,7 +259,7 @@ def first_row(run):
     if run.test_set is not None:
         row |= evaluate(run)
         row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
-        row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, None), center=True)
+        row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, "pixels"), center=True)
     return row
 
 

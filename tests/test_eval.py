@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import eval_knn
 import eval_linear
 import train
-from data import Folder, Images, load_data, normalize, textures
+from data import Folder, Images, eval_batches, load_data, normalize, textures
 from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1
 from eval_linear import Heads
 from model import ARCHS, open_backbone
@@ -145,9 +145,11 @@ def test_a_tenth_is_held_out_and_nothing_is_lost():
 
 def test_images_without_a_label_have_no_features():
     data = Images(textures(6, 0)[0].images, torch.tensor([0, -1, 1, -1, 0, 1]), list("ab"))
-    features, labels = extract_features(None, data, 32)
+    vit = ARCHS["vit_micro"](image_size=32, patch_size=8)
+    features, labels = extract_features(vit, data, 32, "pixels")
     assert labels.tolist() == [0, 1, 0, 1] and features.shape == (4, 3 * 32 * 32)
-    assert_close(features[1], extract_features(None, data, 32, indices=torch.tensor([2]))[0][0])
+    [(third, _)] = eval_batches(data, [2], 32, torch.device("cpu"))
+    assert_close(features[1], third.flatten())
 
 
 def test_features_are_the_pooled_tokens_of_a_network_left_as_it_was():
