@@ -1,7 +1,7 @@
 """Pictures of a run, each from its folder alone; train.py draws both when it ends.
 
-    python analyze.py curves runs/rkd-textures   # curves.png: k-NN, losses, effective rank over steps
-    python analyze.py masks runs/rkd-textures    # masks.png: what the two see, how they relate images
+    python analyze.py curves runs/rkd-textures   # curves.png: k-NN, losses, effective rank by step
+    python analyze.py masks runs/rkd-textures    # masks.png: what both see, how they relate images
 
 Left out so far: comparing several runs.
 """
@@ -21,7 +21,7 @@ from objectives import build_network
 
 
 def new_figure(mosaic, size):
-    """(figure, axes by letter), drawn to files only. Imported here: training needs no matplotlib."""
+    """(figure, axes by letter), drawn to file only. Imported here: training needs no matplotlib."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplot_mosaic(mosaic)
@@ -61,7 +61,7 @@ def curves(folder):
 
 @torch.no_grad()
 def masks(folder, sets=None, shown=6, each=8):
-    """masks.png from checkpoint.pt: two views as the networks see them, and their distance matrices."""
+    """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices."""
     state = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
     args, device = argparse.Namespace(**state["args"]), torch.device("cpu")
     student, teacher = build_network(args).eval(), build_network(args).eval()
@@ -78,8 +78,8 @@ def masks(folder, sets=None, shown=6, each=8):
         return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
 
     shown, views = min(shown, len(train)), [(args.image_size, args.crop_scale)] * 2
-    _, weak, strong = next(train_batches(train, [(0, torch.arange(shown))], views, args.seed, device,
-                                         jitter=args.jitter, hue=args.hue))
+    _, weak, strong = next(train_batches(train, [(0, torch.arange(shown))], views, args.seed,
+                                         device, jitter=args.jitter, hue=args.hue))
     hidden = hide(shown, 0).view(shown, 1, *student.backbone.grid).float()
     hidden = F.interpolate(hidden, args.image_size) > 0
     whole = pixels((weak if args.weak_teacher else strong)[1])

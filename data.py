@@ -4,11 +4,11 @@
 
 So neither the order of work nor the number of workers or processes changes a sample, and a run
 resumes at any step with nothing but that step. Three sources: `textures`, drawn here from a seed;
-torchvision's small sets; a folder of images (ImageNet as it lies). Small images live in memory as one
-uint8 tensor, and their views are cut batched on the training device: a crop with its resize and flip
-is one small matrix for the rows and one for the columns. Large ones are decoded and cut by DataLoader
-workers, which hand over uint8. Colours are batched on the device for both (SimCLR: Chen et al. 2020,
-arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B).
+torchvision's small sets; a folder of images (ImageNet as it lies). Small images live in memory as
+one uint8 tensor, and their views are cut batched on the training device: a crop with its resize and
+flip is one small matrix for the rows and one for the columns. Large ones are decoded and cut by
+DataLoader workers, which hand over uint8. Colours are batched on the device for both (SimCLR: Chen
+et al. 2020, arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B).
 
 Left out: the random order of the four jitters (here brightness, contrast, saturation, hue).
 Letters: B images, S side of a view in pixels.
@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used fo
 # ---- randomness as a function ------------------------------------------------------------------
 
 def mix(x):
-    """One round of a 32-bit hash (xorshift-multiply) in int64, where factors < 2³¹ cannot overflow."""
+    """One round of a 32-bit hash (xorshift-multiply) in int64: factors < 2³¹ cannot overflow."""
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
     return x ^ (x >> 15)
@@ -48,7 +48,7 @@ def fold(*keys):
 
 
 def uniform(count, *keys):
-    """`count` numbers in [0, 1) for each entry of the keys, ints and int64 tensors (B,): (B, count)."""
+    """`count` numbers in [0, 1) per entry of the keys, ints and int64 tensors (B,): (B, count)."""
     state = torch.as_tensor(fold(*keys)).view(-1, 1)
     slots = torch.arange(1, count + 1, device=state.device)
     return (mix(mix((state + 0x9E3779B9 * slots) & 0xFFFFFFFF)) >> 8).float() / 2**24
@@ -74,10 +74,10 @@ FACTORS = "class hue_a hue_b frequency phase_x phase_y rotation illumination".sp
 
 
 def textures(count, seed, size=32):
-    """The built-in set: ten textures that colour does not tell apart -> (Images, factors (count, 8)).
+    """The built-in set: ten textures that colour cannot tell apart -> (Images, factors (count, 8)).
 
-    Each image has two HSV colours, 3.5-4.5 periods, a phase, a small rotation, a gradient of light and
-    noise of four scales; `factors` holds what was drawn, in the order of FACTORS, for probes.
+    Each image has two HSV colours, 3.5-4.5 periods, a phase, a small rotation, a gradient of light
+    and noise of four scales; `factors` holds what was drawn, in the order of FACTORS, for probes.
     """
     index = torch.arange(count)
     draw = uniform(16, seed, index).double()
@@ -139,7 +139,7 @@ def textures(count, seed, size=32):
 
 
 def hsv_to_rgb(hue, saturation, value):
-    """v - v·s·max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1: hue in turns -> (B, 3, ...)."""
+    """v - v·s·max(0, min(k, 4 - k, 1)), k = (n + 6h) % 6, n = 5, 3, 1: h in turns -> (B, 3, ..)."""
     channels = []
     for n in (5, 3, 1):
         k = (n + 6 * hue) % 6
@@ -152,7 +152,7 @@ class UnreadableImages(ValueError):
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images on disk, decoded when asked for by (epoch, index); epoch None asks for the evaluation view.
+    """Images on disk, decoded when asked for by (epoch, index); epoch None: the evaluation view.
 
     An item is (views, index, indices that could not be read). In training an unreadable file is
     replaced by the next index, the same one in every run.
@@ -201,8 +201,8 @@ class Folder(torch.utils.data.Dataset):
 
     def refuse(self, bad, looked_at):
         if len(bad) > 0.1 * looked_at:
-            raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than 10 %, "
-                                   f"such as {self.files[min(bad)]}: repair or remove them")
+            raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
+                                   f"10 %, such as {self.files[min(bad)]}: repair or remove them")
 
     def share(self):
         """Bring together what the processes found unreadable."""
@@ -217,7 +217,7 @@ def to_tensor(image):
 
 
 def resize_center(image, size):
-    """The usual evaluation view: short side to size·256/224, centre crop; a size x size image stays."""
+    """The usual evaluation view: short side to size·256/224, centre crop; size x size stays."""
     if image.size == (size, size):
         return image
     short = size if min(image.size) <= size else round(size * 256 / 224)
@@ -242,17 +242,18 @@ def scan(root):
 
 
 def read_folder(path):
-    """P/train/CLASS/image and P/val/CLASS/image (or P/test) -> train, test; no classes: test is None."""
+    """P/train/CLASS/image, P/val/CLASS/image (or P/test) -> train, test; no classes: test None."""
     if not path or not os.path.isdir(path):
-        raise ValueError(f"--data-path {path!r} is no folder: give one that holds train/CLASS/image "
-                         "and val/CLASS/image, or just images")
+        raise ValueError(f"--data-path {path!r} is no folder: give one that holds "
+                         "train/CLASS/image and val/CLASS/image, or just images")
     inner = [os.path.join(path, name) for name in ("train", "val", "test")]
     files, names = scan(inner[0] if os.path.isdir(inner[0]) else path)
     if not os.path.isdir(inner[0]):  # a bare folder of images; what lies deeper is another layout
         files = [file for file, name in zip(files, names) if name is None]
         names = [None] * len(files)
     if not files:
-        raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/ or beside it")
+        raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/ "
+                         "or beside it")
     classes = sorted({name for name in names if name is not None})
     number = {name: k for k, name in enumerate(classes)}
     train = Folder(files, [number.get(name, -1) for name in names], classes)
@@ -291,7 +292,7 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
 
 
 def from_torchvision(name, path):
-    """CIFAR-10, CIFAR-100, STL-10 (train: with the unlabelled) and Imagenette, downloaded on demand."""
+    """CIFAR-10, CIFAR-100, STL-10 (train: with unlabelled) and Imagenette, downloaded on demand."""
     sets, root = torchvision.datasets, path or "downloads"
     try:
         if name == "imagenette":
@@ -307,8 +308,9 @@ def from_torchvision(name, path):
         return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
                        torch.tensor(part.targets), part.classes) for part in parts]
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): name its "
-                         "folder with --data-path, or use --data folder or textures") from error
+        raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): "
+                         "name its folder with --data-path, or use --data folder or "
+                         "textures") from error
 
 
 DATASETS = "textures cifar10 cifar100 stl10 imagenette folder".split()
@@ -327,10 +329,10 @@ CROP_DRAWS, COLOUR_DRAWS = 23, 9
 
 
 def crop_boxes(draw, height, width, scale):
-    """Random resized crops by torchvision's rule: draws (B, 23) -> top, left, height, width, (B,) int64.
+    """Random resized crops by torchvision's rule: draws (B, 23) -> top, left, h, w, (B,) int64.
 
-    Area uniform in `scale` of the image, aspect log-uniform in [3/4, 4/3]; the first of ten tries that
-    fits, else the largest central crop of an allowed aspect.
+    Area uniform in `scale` of the image, aspect log-uniform in [3/4, 4/3]; the first of ten tries
+    that fits, else the largest central crop of an allowed aspect.
     """
     low, high = scale
     area = height * width * (low + (high - low) * draw[:, :10])
@@ -360,7 +362,7 @@ def resize_matrix(start, length, size_in, size_out, flip=None):
 
 
 def crop(images, draw, size, scale):
-    """Random resized crops, flipped: uint8 (B, 3, height, width), draws (B, 23) -> (B, 3, S, S), 0 to 1."""
+    """Crop, resize, flip: uint8 (B, 3, height, width), draws (B, 23) -> (B, 3, S, S), 0 to 1."""
     height, width = images.shape[2:]
     top, left, h, w = crop_boxes(draw, height, width, scale)
     rows = resize_matrix(top, h, height, size).unsqueeze(1)
@@ -386,8 +388,8 @@ def shift_hue(x, turns):
     spread = value - least
     red, green, blue = x.unbind(1)
     safe = spread.clamp_min(1e-8)
-    hue = torch.where(value == red, (green - blue) / safe,
-                      torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) / 6
+    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    hue = torch.where(value == red, (green - blue) / safe, hue) / 6
     return hsv_to_rgb(hue + turns, spread / value.clamp_min(1e-8), value)
 
 
@@ -409,10 +411,10 @@ def blur(x, sigma):
 
 
 def colour(x, draw, jitter=0.4, hue=0.1, blur_probability=0.5, solarize_probability=0.0):
-    """Jitter (p .8), grey (p .2), blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same shape.
+    """Jitter (p .8), grey (p .2), blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
 
-    Brightness, contrast and saturation vary by a factor in 1 ± jitter (saturation half as much, as in
-    BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
+    Brightness, contrast and saturation vary by a factor in 1 ± jitter (saturation half as much, as
+    in BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
     """
     draw = draw.view(len(x), 9, 1, 1, 1)
     factor = 1 + jitter * (2 * draw[:, 1:4] - 1)
@@ -439,13 +441,15 @@ def normalize(x):
 
 def cut(image, epoch, index, seed, views):
     """All crops of one PIL image: `views` is a list of (side, scale of area)."""
-    draws = [uniform(CROP_DRAWS, seed, epoch, torch.tensor([index]), view) for view in range(len(views))]
+    draws = [uniform(CROP_DRAWS, seed, epoch, torch.tensor([index]), view)
+             for view in range(len(views))]
     return [crop_pil(image, draw, size, scale) for draw, (size, scale) in zip(draws, views)]
 
 
 def collate(items):
     views, index, bad = zip(*items)
-    views = [torch.stack(x) for x in zip(*views)] if isinstance(views[0], list) else torch.stack(views)
+    views = [torch.stack(x) for x in zip(*views)] if isinstance(views[0], list) else \
+        torch.stack(views)
     return views, torch.tensor(index), [index for some in bad for index in some]
 
 
@@ -471,7 +475,8 @@ def train_batches(data, steps, views, seed, device, workers=0, **colours):
             index = index.to(device)
             draws = [uniform(CROP_DRAWS, seed, epoch, index, view) for view in range(len(views))]
             pixels = images[index]
-            yield finish([crop(pixels, draw, *view) for draw, view in zip(draws, views)], epoch, index)
+            yield finish([crop(pixels, draw, *view) for draw, view in zip(draws, views)],
+                         epoch, index)
         return
     data.cut = partial(cut, seed=seed, views=views)
     steps, again = itertools.tee(steps)
@@ -483,7 +488,7 @@ def train_batches(data, steps, views, seed, device, workers=0, **colours):
 
 
 def eval_batches(data, indices, size, device, workers=0, batch_size=256):
-    """Images as they are measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,))."""
+    """Images as measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,))."""
     pieces = torch.as_tensor(indices).split(batch_size)
     if isinstance(data, Images):
         for index in pieces:

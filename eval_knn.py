@@ -3,8 +3,9 @@
     score(class c) = sum of exp(cos(x, f_i) / temperature), i = the k nearest references of class c
 
 No training, no learning rate: the first thing to look at (Wu et al. 2018, arXiv 1805.01978, section
-3.4; k = 20 and temperature 0.07 are DINO's, arXiv 2104.14294). Relations do not see a common offset of
-the features; `--center` takes it away (the mean of the references). Among several k the best is chosen on a held-out tenth of the references.
+3.4; k = 20 and temperature 0.07 are DINO's, arXiv 2104.14294). Relations do not see a common offset
+of the features; `--center` takes it away (the mean of the references). Among several k the best is
+chosen on a held-out tenth of the references.
 
     python eval_knn.py --checkpoint runs/rkd-textures/checkpoint.pt
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
@@ -99,7 +100,7 @@ def knn_top1(train, test, k=20, center=False):
 
 
 def held_out(count, part=0.1, seed=0):
-    """Split 0 .. count - 1 at random into what to fit by and what to choose by -> two index tensors."""
+    """Split 0 .. count - 1 at random: what to fit by, what to choose by -> two index tensors."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     cut = max(1, round(part * count)) if count > 1 else 0
     return order[cut:], order[:cut]
@@ -174,7 +175,8 @@ def evaluation_options(doc):
     add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
     add("--data-path", help="folder of the data; default: the checkpoint's, when --data is its too")
     add("--image-size", type=positive, help="side in pixels; default: the checkpoint's")
-    add("--pool", choices=[*POOLS, "last4", "pixels"], help="feature; default: the checkpoint's, else cls")
+    add("--pool", choices=[*POOLS, "last4", "pixels"],
+        help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
     add("--cache", help="folder to keep the features in, for the next call")
     add("--workers", type=natural, default=2, help="processes that decode images, for folders")
@@ -188,7 +190,8 @@ def prepare(args):
     vit, options = open_backbone(args.checkpoint, args.arch)
     name = args.data or options.get("data")
     if not name:
-        raise ValueError(f"{args.checkpoint} does not say its data: add --data {'|'.join(DATASETS)}")
+        raise ValueError(f"{args.checkpoint} does not say its data: "
+                         f"add --data {'|'.join(DATASETS)}")
     path = args.data_path or (options.get("data_path") if name == options.get("data") else None)
     size, pool = args.image_size or options["image_size"], args.pool or options.get("pool", "cls")
     vit.grid_of(size, size)  # refuses a size that the patches do not divide

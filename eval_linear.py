@@ -11,7 +11,7 @@ feeds every head.
 
     python eval_linear.py --checkpoint runs/rkd-textures/checkpoint.pt
     python eval_linear.py --checkpoint c.pt --data folder --data-path /imagenet --augment
-    torchrun --nproc_per_node=8 eval_linear.py --checkpoint dino.pth --arch vit_small --pool last4 ..
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint dino.pt --arch vit_small --pool last4 ..
 
 Left out: LARS and batches of 16384; MAE-like features gain about a point from them.
 """
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches
-from eval_knn import (evaluation_options, features_of, held_out, labelled_features, natural, number, percent,
-                      positive, prepare, report)
+from eval_knn import (evaluation_options, features_of, held_out, labelled_features, natural, number,
+                      percent, positive, prepare, report)
 
 
 class Heads:
@@ -72,7 +72,8 @@ def augmented(run, args, index_of, mean, std):
     steps = ((epoch, index_of[i].tensor_split(run.world)[run.rank])
              for epoch, i in orders(len(index_of), args.batch_size, args.epochs, args.seed))
     views = [(run.size, (0.08, 1.0))]
-    for index, (images,), _ in train_batches(run.train, steps, views, args.seed, run.device, args.workers):
+    for index, (images,), _ in train_batches(run.train, steps, views, args.seed, run.device,
+                                             args.workers):
         batch = features_of(run.vit, images, run.pool).float().cpu(), run.train.labels[index.cpu()]
         if run.world > 1:
             parts = [None] * run.world
@@ -85,11 +86,13 @@ def augmented(run, args, index_of, mean, std):
 def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
-    add("--lrs", type=number(1e-9), nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    add("--lrs", type=number(1e-9), nargs="+",
+        default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="learning rates, absolute, one head each")
     add("--epochs", type=positive, default=100, help="passes over the training images")
     add("--batch-size", type=positive, default=1024, help="images a step")
-    add("--augment", action="store_true", help="new crops and flips each epoch (the published protocol)")
+    add("--augment", action="store_true",
+        help="new crops and flips each epoch (the published protocol)")
     add("--seed", type=natural, default=0, help="of the order and of the crops")
     args = parser.parse_args()
     try:
@@ -100,7 +103,8 @@ def main():
     train, test = labelled_features(run, args)
     fit, choose = held_out(len(train[1]))
     mean, std = train[0][fit].mean(0), train[0][fit].std(0, unbiased=False).clamp_min(1e-6)
-    (x, y), (test_x, test_y) = (((features - mean) / std, labels) for features, labels in (train, test))
+    (x, y), (test_x, test_y) = (((features - mean) / std, labels)
+                                for features, labels in (train, test))
     if args.augment:
         run.vit.eval()
         labelled = (run.train.labels >= 0).nonzero().flatten()
@@ -117,8 +121,8 @@ def main():
     chosen_by, top1 = heads.accuracy(x[choose], y[choose]), heads.accuracy(test_x, test_y)
     best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
     rows = [(str(lr), *both) for lr, *both in zip(args.lrs, chosen_by, top1)]
-    report([("lr", "held out", "test")] + rows,
-           {"linear_top1": top1[best], "lr": args.lrs[best], "references": len(fit), "tests": len(test_y)})
+    report([("lr", "held out", "test")] + rows, {"linear_top1": top1[best], "lr": args.lrs[best],
+                                                 "references": len(fit), "tests": len(test_y)})
 
 
 if __name__ == "__main__":

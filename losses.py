@@ -151,8 +151,8 @@ class AngleHuber(torch.autograd.Function):
 def check_points(student, teacher, least):
     """Refuse what has no relation: sets of different size, or of fewer than `least` points."""
     if student.dim() < 2 or student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both must "
-                         "be (..., N, D) with the same N points; only the width D may differ")
+        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
+                         "must be (..., N, D) with the same N points; only the width D may differ")
     if student.shape[-2] < least:
         raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
                          "use a larger batch")
@@ -161,7 +161,7 @@ def check_points(student, teacher, least):
 # ---- what the losses cannot see ----------------------------------------------------------------
 
 def effective_rank(x):
-    """exp of the entropy of the normalised singular values of centred rows (N, D) (Roy & Vetterli 2007).
+    """exp of the entropy of the normalised singular values of centred (N, D) (Roy & Vetterli 2007).
 
     Between 1 and min(N, D); falls towards 1 when the features collapse onto a line.
     """
@@ -175,8 +175,8 @@ def panel(student, teacher):
 
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
     points, times sqrt(D): 1 if isotropic, 0 for one point. alignment: mean |s - t|² of two views of
-    an image. uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform (both:
-    Wang & Isola 2020, arXiv 2005.10242).
+    an image. uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform
+    (both: Wang & Isola 2020, arXiv 2005.10242).
     """
     s, t = F.normalize(student.detach()), F.normalize(teacher)
     others = (t @ t.T)[~torch.eye(len(t), dtype=torch.bool, device=t.device)]  # cos, i != j

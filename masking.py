@@ -52,9 +52,9 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     """Hide rectangles (BEiT, algorithm 1): grid (gh, gw) -> bool (B, N).
 
     Each round draws for every image at once a rectangle of at least `min_patches` cells (fewer on
-    small grids: a twelfth of the patches) with aspect ratio in [min_aspect, 1 / min_aspect], and adds
-    it. The last one is cut, row by row, to hit the count exactly, where BEiT stops short of it;
-    corners that 64 rounds have not reached (ratios near 1) are filled in row order.
+    small grids: a twelfth of the patches) with aspect ratio in [min_aspect, 1 / min_aspect], and
+    adds it. The last one is cut, row by row, to hit the count exactly, where BEiT stops short of
+    it; corners that 64 rounds have not reached (ratios near 1) are filled in row order.
     """
     (gh, gw), N = grid, grid[0] * grid[1]
     count = hidden_count(ratio, N)

@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1), x], 1)
 
     def forward(self, images, mask=None, drop=False):
-        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` (B, 1 + V, D), visible patches only."""
+        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D)."""
         x = self.embed(images, mask, drop)
         for block in self.blocks:
             x = block(x)
@@ -200,7 +200,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_linear(module):
-    """Xavier-uniform, as in MAE: with trunc_normal(0.02) a tiny ViT hardly moves for hundreds of steps."""
+    """Xavier-uniform, as in MAE: trunc_normal(0.02) stalls a tiny ViT for hundreds of steps."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -234,7 +234,7 @@ POOLS = "mean cls cls+mean".split()
 
 
 def pool_tokens(tokens, pool):
-    """The feature of an image, (B, 1 + N, D) -> (B, D): CLS, the mean of its patches, or both (B, 2D)."""
+    """The feature of an image, (B, 1 + N, D) -> (B, D): CLS, mean of patches, or both (B, 2D)."""
     cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
     return dict(cls=cls, mean=mean)[pool] if pool != "cls+mean" else torch.cat([cls, mean], 1)
 
@@ -252,8 +252,8 @@ ARCHS = dict(
 def read_weights(path):
     """The file's dict, and the backbone in it under timm's names. Pickled code is refused, not run.
 
-    Which network: ours, DINO's and iBOT's teacher; MoCo v3's base_encoder; else the only one. Heads,
-    MAE's decoder (with its mask token of decoder width) and timm's classifier are left out.
+    Which network: ours, DINO's and iBOT's teacher; MoCo v3's base_encoder; else the only one.
+    Heads, MAE's decoder (with its mask token of decoder width) and timm's classifier are left out.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the official files
@@ -262,8 +262,8 @@ def read_weights(path):
         raise ValueError(f"no such file: {path}") from None
     except Exception as error:  # whatever a hostile or broken file provokes
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written by "
-                         "train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
+        raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written "
+                         "by train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
     inner = file
     for name in ("teacher", "state_dict", "model"):
         if isinstance(inner, dict) and isinstance(inner.get(name), dict):
@@ -272,9 +272,11 @@ def read_weights(path):
     weights = {str(name): x for name, x in weights.items() if isinstance(x, torch.Tensor)}
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if not prefixes:
-        raise ValueError(f"{path} holds no ViT backbone (no cls_token): it has {sorted(weights)[:5]}")
+        raise ValueError(f"{path} holds no ViT backbone (no cls_token): "
+                         f"it has {sorted(weights)[:5]}")
     prefix = min(prefixes, key=lambda x: ("momentum_encoder" in x, "teacher" not in x, len(x)))
-    weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): x
+               for name, x in weights.items() if name.startswith(prefix)}
     decoder = any(name.startswith("decoder") for name in weights)
     outside = ("decoder_", "head.", "head_dist.") + ("mask_token",) * decoder
     weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
@@ -308,7 +310,8 @@ def open_backbone(path, arch=None):
     they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have.
     """
     file, weights = read_weights(path)
-    ours = isinstance(file.get("args"), dict) and {"arch", "patch_size", "image_size"} <= set(file["args"])
+    ours = (isinstance(file.get("args"), dict)
+            and {"arch", "patch_size", "image_size"} <= set(file["args"]))
     options = dict(file["args"]) if ours else {"arch": arch}
     if ours and arch not in (None, options["arch"]):
         raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
@@ -316,8 +319,10 @@ def open_backbone(path, arch=None):
         raise ValueError(f"{path} does not say its arch: add --arch, one of {', '.join(ARCHS)}")
     if not ours:
         if not {"patch_embed.proj.weight", "pos_embed"} <= set(weights):
-            raise ValueError(f"{path} has no patch_embed.proj.weight or pos_embed: it is no ViT of timm's layout")
+            raise ValueError(f"{path} has no patch_embed.proj.weight or pos_embed: "
+                             "it is no ViT of timm's layout")
         P = weights["patch_embed.proj.weight"].shape[-1]
-        options |= {"patch_size": P, "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * P}
+        options |= {"patch_size": P,
+                    "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * P}
     vit = ARCHS[options["arch"]](image_size=options["image_size"], patch_size=options["patch_size"])
     return load_backbone(vit, path), options

@@ -5,7 +5,7 @@
     s_i = student(view 1 of image i, masked)          t_i = teacher(view 2 of image i, whole)
     loss = w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t)             + views swapped
 
-Relations are those among students and those among teachers of the *other* view, never from a student
+Relations are those among students and among teachers of the *other* view, never from a student
 to a teacher. They are blind to any rigid motion, so nothing in them ties the two views of one image
 together; the small `pull` does. Terms come back with their weights; train.py adds and logs them.
 
@@ -21,7 +21,7 @@ from model import ARCHS, mlp_head, pool_tokens
 
 
 class Network(nn.Module):
-    """Backbone, pooled feature, and what makes it a point: nothing, a head, a head and a predictor."""
+    """Backbone, pooled feature, what makes it a point: nothing, a head, a head and a predictor."""
 
     def __init__(self, backbone, pool="mean", head=0, predictor=False):
         super().__init__()
@@ -32,7 +32,7 @@ class Network(nn.Module):
         self.predictor = mlp_head(out, 4 * width, out) if predictor else nn.Identity()
 
     def forward(self, views, mask=None, drop=False):
-        """Two global views, then local ones -> points (V·B, D) and the global patches (2B, N, D)."""
+        """Two global views, then local ones -> points (V·B, D) and global patches (2B, N, D)."""
         tokens = self.backbone(torch.cat(views[:2]), mask, drop)
         features = pool_tokens(tokens, self.pool)
         if len(views) > 2:

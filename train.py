@@ -1,13 +1,13 @@
 """Masked relational knowledge distillation of Vision Transformers, on a laptop or on several nodes.
 
-A student sees an augmented view with most patches hidden, a teacher (its moving average) another view,
-whole; the student learns the teacher's *relations* among the images of the batch. The losses are in
-losses.py, who sees what is in objectives.py; here is the run: options, schedules, data, loop, log.
+A student sees an augmented view with most patches hidden, a teacher (its moving average) another
+view, whole; the student learns the teacher's *relations* among the images of the batch. The losses
+are in losses.py, who sees what in objectives.py, the run here: options, schedules, data, loop, log.
 
     python train.py                                  # built-in images, two minutes, any machine
     torchrun --nproc_per_node=8 train.py --loss rkd --data folder --data-path /imagenet \\
         --arch vit_small --image-size 224 --patch-size 16 --batch-size 1024 --epochs 100 --hue 0.1
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ..
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=IP:29500 train.py ..
 
 Everything is in --out-dir: checkpoint.pt, args.json, log.jsonl, curves.png, masks.png. A killed run
 goes on where it was with the same command; one process or many give the same run.
@@ -43,51 +43,69 @@ def options():
     fraction = number(0, 1)
 
     add("--loss", default="rkd", choices=OBJECTIVES, help="what to learn by")
-    add("--data", default="textures", choices=DATASETS, help="textures is built in, folder any of yours")
-    add("--data-path", help="folder: train/CLASS/image and val/CLASS/image; else where the set is or goes")
-    add("--workers", type=natural, default=4, help="decoding processes for each process, for folders")
+    add("--data", default="textures", choices=DATASETS,
+        help="textures is built in, folder any of yours")
+    add("--data-path",
+        help="folder: train/CLASS/image and val/CLASS/image; else where the set is or goes")
+    add("--workers", type=natural, default=4,
+        help="decoding processes for each process, for folders")
 
     add("--arch", default="vit_micro", choices=ARCHS, help="size of the ViT")
     add("--image-size", type=positive, default=32, help="side of a global view in pixels")
-    add("--patch-size", type=positive, default=8, help="side in pixels; smaller learns more, costs more")
+    add("--patch-size", type=positive, default=8,
+        help="side in pixels; smaller learns more, costs more")
     add("--pool", default="mean", choices=POOLS, help="feature of an image: of its patches, or CLS")
-    add("--head", type=natural, default=0, help="width of a projection head; 0 relates the features")
+    add("--head", type=natural, default=0,
+        help="width of a projection head; 0 relates the features")
     add("--predictor", action="store_true", help="a second MLP on the student alone, as in BYOL")
     add("--drop-path", type=fraction, default=0.0, help="stochastic depth; .1 for vit_base")
 
     add("--mask", default="random", choices=[*MASKS, "attention"], help="which patches to hide")
     add("--mask-ratio", type=fraction, default=0.75, help="share of hidden patches; 0 hides none")
-    add("--hide", default="drop", choices=["drop", "token"], help="leave them out (faster), or a token")
+    add("--hide", default="drop", choices=["drop", "token"],
+        help="leave them out (faster), or a token")
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
-    add("--local-crops", type=natural, default=0, help="more, small student views (DINO's multi-crop)")
+    add("--local-crops", type=natural, default=0,
+        help="more, small student views (DINO's multi-crop)")
     add("--jitter", type=fraction, default=0.4, help="of brightness, contrast and saturation")
-    add("--hue", type=number(0, 0.5), default=0.5, help="shift in turns; .1 where colour tells classes")
+    add("--hue", type=number(0, 0.5), default=0.5,
+        help="shift in turns; .1 where colour tells classes")
     add("--weak-teacher", action="store_true", help="the teacher's views keep their colours")
 
     add("--distance-weight", type=number(0), default=1.0, help="of relational distances")
-    add("--angle-weight", type=number(0), default=2.0, help="of relational angles; Park et al.: 2 : 1")
+    add("--angle-weight", type=number(0), default=2.0,
+        help="of relational angles; Park et al.: 2 : 1")
     add("--pull-weight", type=number(0), default=0.05, help="between two views; 0: pure relations")
     add("--patch-weight", type=number(0), default=0.0, help="of relations among an image's patches")
 
-    add("--batch-size", type=positive, default=128, help="images a step, over all processes; relations "
-        "grow with its square, so the largest that fits")
-    add("--grad-accum", type=positive, default=1, help="pieces of a batch; relations do not span them")
-    add("--epochs", type=number(1e-6), help="length, fractions allowed; default: 20 unless --max-steps")
-    add("--max-steps", type=positive, help="stop there; without --epochs the schedules end there too")
-    add("--lr", type=number(0), default=3e-3, help="peak, absolute (AdamW); halve it if the loss jumps")
-    add("--warmup", type=fraction, default=0.1, help="share of the run in which lr rises; more if unstable")
-    add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start and end (cosine)")
+    add("--batch-size", type=positive, default=128, help="images a step, over all processes; "
+        "relations grow with its square, so the largest that fits")
+    add("--grad-accum", type=positive, default=1,
+        help="pieces of a batch; relations do not span them")
+    add("--epochs", type=number(1e-6),
+        help="length, fractions allowed; default: 20 unless --max-steps")
+    add("--max-steps", type=positive,
+        help="stop there; without --epochs the schedules end there too")
+    add("--lr", type=number(0), default=3e-3,
+        help="peak, absolute (AdamW); halve it if the loss jumps")
+    add("--warmup", type=fraction, default=0.1,
+        help="share of the run in which lr rises; more if unstable")
+    add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05],
+        help="start and end (cosine)")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
-    add("--momentum", type=fraction, default=0.95, help="of the teacher, rising to 1; .99 for long runs")
+    add("--momentum", type=fraction, default=0.95,
+        help="of the teacher, rising to 1; .99 for long runs")
 
     add("--seed", type=natural, default=0, help="of everything random")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
     add("--compile", action="store_true", help="torch.compile both networks (CUDA)")
     add("--out-dir", help="folder of the run; default: runs/LOSS-DATA")
-    add("--resume", default="auto", help="auto: go on if --out-dir holds this run; none: start over; a path")
+    add("--resume", default="auto",
+        help="auto: go on if --out-dir holds this run; none: start over; a path")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
     add("--log-every", type=positive, default=20, help="steps between rows of log.jsonl")
-    add("--eval-every", type=positive, help="steps between k-NN evaluations; default: ten in the run")
+    add("--eval-every", type=positive,
+        help="steps between k-NN evaluations; default: ten in the run")
     return parser
 
 
@@ -99,7 +117,8 @@ def schedules(step, total, args):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     warm = round(args.warmup * total)
-    decay, momentum = cosine(*args.weight_decay, step / total), cosine(args.momentum, 1, step / total)
+    decay, momentum = (cosine(*args.weight_decay, step / total),
+                       cosine(args.momentum, 1, step / total))
     if step < warm:
         return args.lr * (step + 1) / warm, decay, momentum
     return cosine(args.lr, 0, (step - warm) / max(1, total - warm)), decay, momentum
@@ -144,11 +163,13 @@ def save(path, state):
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
     except OSError as error:
-        print(f"could not save {path} ({error}): training goes on, and will try again", file=sys.stderr)
+        print(f"could not save {path} ({error}): training goes on, and will try again",
+              file=sys.stderr)
 
 
 # options that may change when a run goes on
-FREE = "data_path workers max_steps device compile out_dir resume save_every log_every eval_every".split()
+FREE = ("data_path workers max_steps device compile out_dir resume "
+        "save_every log_every eval_every").split()
 
 
 def resume(run):
@@ -166,10 +187,12 @@ def resume(run):
         state = torch.load(path, map_location="cpu", weights_only=True)
         was = state["args"]
         other = [f"--{name.replace('_', '-')} {was.get(name)} (now {value})"
-                 for name, value in vars(args).items() if name not in FREE and was.get(name) != value]
+                 for name, value in vars(args).items()
+                 if name not in FREE and was.get(name) != value]
         if other and args.resume == "auto":
-            raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another --out-dir, "
-                             "the same options, --resume none to start over, or --resume with its path")
+            raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
+                             "--out-dir, the same options, --resume none to start over, or "
+                             "--resume with its path")
         run.student.load_state_dict(state["student"])
         run.teacher.load_state_dict(state["teacher"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -194,8 +217,8 @@ def features_for(run, pool, most=50000):
     """The teacher's (references, test) features; of large sets some images, evenly spaced."""
     some = [torch.linspace(0, len(data) - 1, min(len(data), most)).long()
             for data in (run.train_set, run.test_set)]
-    return [extract_features(run.teacher.backbone, data, run.args.image_size, pool, run.device, indices,
-                             run.args.workers)
+    return [extract_features(run.teacher.backbone, data, run.args.image_size, pool, run.device,
+                             indices, run.args.workers)
             for data, indices in zip((run.train_set, run.test_set), some)]
 
 
@@ -216,12 +239,14 @@ class Log:
     def write(self, row):
         if not self.on:
             return
-        self.rows.append({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()})
+        self.rows.append({name: float(f"{x:.6g}") if isinstance(x, float) else x
+                          for name, x in row.items()})
         with open(self.path, "a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
-            tqdm.write("  ".join(f"{name} {row[name]:.4g}" for name in shown.split() if name in row))
+            tqdm.write("  ".join(f"{name} {row[name]:.4g}"
+                                 for name in shown.split() if name in row))
         self.watch()
 
     def watch(self):
@@ -230,14 +255,16 @@ class Log:
         if len(rows) < 5:
             return
         if max(row["effective_rank"] for row in rows[-3:]) < rows[0]["effective_rank"] / 2:
-            self.say("the effective rank of the points fell below half of its start: they collapse onto few "
-                     "directions; try a lower --lr, a smaller --pull-weight or a --momentum closer to 1")
+            self.say("the effective rank of the points fell below half of its start: they collapse "
+                     "onto few directions; try a lower --lr, a smaller --pull-weight or a "
+                     "--momentum closer to 1")
         for name in ("distance", "angle"):
             plateau = f"collapsed_{name}"
             if plateau in rows[-1] and all(abs(row[name] - row[plateau]) < 0.02 * row[plateau]
                                            for row in rows[-5:]):
-                self.say(f"the {name} loss stays at {rows[-1][name]:.4g}, its value for a student whose points "
-                         "are all one: nothing is learned; try a lower --lr or a longer --warmup")
+                self.say(f"the {name} loss stays at {rows[-1][name]:.4g}, its value for a student "
+                         "whose points are all one: nothing is learned; try a lower --lr or a "
+                         "longer --warmup")
 
     def say(self, text):
         if text not in self.said:
@@ -254,7 +281,7 @@ def agree(run, flag):
 
 
 def first_row(run):
-    """Step 0: what (centred) raw pixels and the untrained network reach, which training has to beat."""
+    """Step 0: what (centred) raw pixels and the untrained network reach, for training to beat."""
     row = dict(step=0, epoch=0.0)
     if run.test_set is not None:
         row |= evaluate(run)
@@ -266,21 +293,24 @@ def first_row(run):
 def check_finite(run, row):
     """Stop, with what was seen last, before a broken state is saved."""
     if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
-        print(f"step {run.step}: the loss or its gradient is not finite: {json.dumps(row)}; try a lower "
-              f"--lr or a longer --warmup; {run.args.out_dir} keeps the last good state", file=sys.stderr)
+        print(f"step {run.step}: the loss or its gradient is not finite: {json.dumps(row)}; try a "
+              f"lower --lr or a longer --warmup; {run.args.out_dir} keeps the last good state",
+              file=sys.stderr)
         sys.exit(1)
 
 
 def save_run(run):
     if run.rank == 0:
-        state = {name: getattr(run, name).state_dict() for name in ("student", "teacher", "optimizer")}
-        save(os.path.join(run.args.out_dir, "checkpoint.pt"), dict(state, step=run.step, args=vars(run.args)))
+        state = {name: getattr(run, name).state_dict()
+                 for name in ("student", "teacher", "optimizer")}
+        save(os.path.join(run.args.out_dir, "checkpoint.pt"),
+             dict(state, step=run.step, args=vars(run.args)))
 
 
 # ---- one run, top to bottom --------------------------------------------------------------------
 
 def prepare(args):
-    """Everything before the first step: whatever can be wrong with the options is found out here."""
+    """All before the first step: whatever can be wrong with the options is found out here."""
     # -- set-up
     run = types.SimpleNamespace(args=args, step=0, device=pick_device(args.device))
     pieces = args.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -288,8 +318,8 @@ def prepare(args):
     if not args.distance_weight and not args.angle_weight:
         raise ValueError("--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one")
     if args.batch_size % pieces or args.batch_size // args.grad_accum < least:
-        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes x "
-                         f"--grad-accum) and leave {least} images a piece: relations need them")
+        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes"
+                         f" x --grad-accum) and leave {least} images a piece: relations need them")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise ValueError(f"--crop-scale {args.crop_scale}: from above 0 to at least that")
     run.student = build_network(args).to(run.device)
@@ -299,10 +329,11 @@ def prepare(args):
     if not visible:
         raise ValueError(f"--mask-ratio {args.mask_ratio} hides all {hidden} patches: lower it")
     if args.patch_weight and args.hide == "drop" and visible < least:
-        raise ValueError(f"--patch-weight {args.patch_weight} needs {least} patches and the student has "
-                         f"{visible}: lower --mask-ratio or --hide token")
-    small = max(1, round(args.image_size * 96 / 224 / P)) * P  # DINO: 96 of 224 pixels, area from .05
-    views = [(args.image_size, args.crop_scale)] * 2 + [(small, (0.05, args.crop_scale[0]))] * args.local_crops
+        raise ValueError(f"--patch-weight {args.patch_weight} needs {least} patches and the "
+                         f"student has {visible}: lower --mask-ratio or --hide token")
+    small = max(1, round(args.image_size * 96 / 224 / P)) * P  # DINO: 96 of 224, area from .05
+    views = ([(args.image_size, args.crop_scale)] * 2
+             + [(small, (0.05, args.crop_scale[0]))] * args.local_crops)
 
     # -- data
     run.rank, run.world = join_processes(run.device)
@@ -319,21 +350,22 @@ def prepare(args):
         run.total = args.max_steps
     run.stop = min(run.total, args.max_steps or run.total)
     if not run.stop:
-        raise ValueError(f"--epochs {args.epochs} of {count} images is not one step of {args.batch_size}")
+        raise ValueError(f"--epochs {args.epochs} of {count} images is not one step of "
+                         f"{args.batch_size}")
 
     # -- student and teacher
     run.teacher = copy.deepcopy(run.student).requires_grad_(False).eval()
     run.teacher.predictor = nn.Identity()
     if not hidden or args.hide == "drop":
-        run.student.backbone.mask_token.requires_grad_(False)  # unused: DDP would wait for its gradient
+        run.student.backbone.mask_token.requires_grad_(False)  # unused: DDP would wait for it
     run.network, run.frozen = run.student, run.teacher  # the raw ones are saved
     if args.compile:
         run.network, run.frozen = torch.compile(run.student), torch.compile(run.teacher)
     if run.world > 1:
         run.network = nn.parallel.DistributedDataParallel(run.network)
 
-    # -- optimizer. Weight decay on matrices only. eps: relations do not see norm.bias, nor attention the
-    # bias of its keys; their gradients are rounding noise, which the usual 1e-8 would blow up to full steps
+    # -- optimizer. Weight decay: matrices only. eps: relations see no norm.bias, attention no bias
+    # of its keys; their gradients are rounding noise that the usual 1e-8 would raise to full steps
     parameters = [p for p in run.student.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() in (2, 4)]),
               dict(params=[p for p in parameters if p.dim() in (1, 3)])]
@@ -383,9 +415,10 @@ def train(run):
             _, weak, strong = next(run.batches)
             waited += time.perf_counter() - start
             mask = draw_masks(run, step, piece, weak)
-            wait = run.world > 1 and piece < args.grad_accum - 1  # for the last piece to average over processes
+            wait = run.world > 1 and piece < args.grad_accum - 1  # the last averages over processes
             with run.network.no_sync() if wait else contextlib.nullcontext(), autocast:
-                terms, pair = OBJECTIVES[args.loss](run.network, run.frozen, strong, weak, mask, args)
+                terms, pair = OBJECTIVES[args.loss](run.network, run.frozen, strong, weak, mask,
+                                                    args)
                 loss = sum(weight * value for weight, value in terms.values())
                 (loss / args.grad_accum).backward()
         norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
@@ -402,7 +435,8 @@ def train(run):
         if logging or stopping:
             rate = steps * args.batch_size / (time.perf_counter() - since)
             row = dict(step=run.step, epoch=run.step * args.batch_size / len(run.train_set),
-                       loss=loss.item(), **{name: value.item() for name, (_, value) in terms.items()},
+                       loss=loss.item(),
+                       **{name: value.item() for name, (_, value) in terms.items()},
                        lr=lr, weight_decay=decay, momentum=momentum, gradient_norm=norm.item(),
                        **panel(*pair), **collapsed(pair, args),
                        images_per_second=rate, data_seconds=waited / steps)
@@ -423,7 +457,7 @@ def train(run):
         print(f"{done} at step {run.step} of {run.total}: see {args.out_dir}")
     if run.world > 1:
         dist.destroy_process_group()
-    return 128 + stopping if stopping else 0  # a scheduler starts it again; the same command goes on
+    return 128 + stopping if stopping else 0  # a scheduler restarts it; the same command goes on
 
 
 def main():
