@@ -231,7 +231,7 @@ class Log:
         if self.on and os.path.exists(self.path):
             with open(self.path) as file:
                 rows = [json.loads(line) for line in file if line.endswith("}\n")]
-            self.rows = [row for row in rows if row["step"] <= run.step]
+            self.rows = [row for row in rows if row["step"] <= run.step and run.step]
         if self.on:
             with open(self.path, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)

@@ -298,6 +298,12 @@ def test_a_checkpoint_holds_plain_tensors_and_the_completed_steps(whole):
     assert 0 < (state["student"][name] - state["teacher"][name]).abs().max() < 0.1
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_a_new_log(tmp_path):
+    run = SimpleNamespace(args=SimpleNamespace(out_dir=str(tmp_path)), rank=0, step=0)
+    train.Log(run).write(dict(step=0, knn_top1=25.0))
+    assert train.Log(run).rows == [] and (tmp_path / "log.jsonl").read_text() == ""
+
+
 def test_a_run_of_other_options_is_not_overwritten(whole, base, capsys):
     before = (whole[0] / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
