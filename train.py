@@ -4,7 +4,7 @@ A student sees an augmented view with most patches hidden, a teacher (its moving
 view, whole; the student learns the teacher's *relations* among the images of the batch. The losses
 are in losses.py, who sees what in objectives.py, the run here: options, schedules, data, loop, log.
 
-    python train.py                                  # built-in images, two minutes, any machine
+    python train.py                                  # built-in images, three minutes, any machine
     torchrun --nproc_per_node=8 train.py --loss rkd --data folder --data-path /imagenet \\
         --arch vit_small --image-size 224 --patch-size 16 --batch-size 1024 --epochs 100 --hue 0.1
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=IP:29500 train.py ..
