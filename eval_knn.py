@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from data import DATASETS, eval_batches, load_data
 from model import ARCHS, POOLS, open_backbone, pool_tokens
 
+
 def features_of(vit, images, pool):
     """(B, 3, S, S) -> (B, D), by two more pools than the model knows.
 
@@ -184,6 +185,16 @@ def evaluation_options(doc):
     return parser
 
 
+def start(parser):
+    """Command line -> options, run, (features, labels) of references and of test images."""
+    args = parser.parse_args()
+    try:
+        run = prepare(args)
+    except ValueError as error:
+        parser.error(error)
+    return args, run, *labelled_features(run, args)
+
+
 def prepare(args):
     """Options -> the network and the two sets; whatever can be wrong is found out here."""
     device = pick_device(args.device)
@@ -239,12 +250,7 @@ def main():
     add = parser.add_argument
     add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
-    args = parser.parse_args()
-    try:
-        run = prepare(args)
-    except ValueError as error:
-        parser.error(error)
-    train, test = labelled_features(run, args)
+    args, _, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if ks != sorted(set(args.k)):

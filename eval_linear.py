@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches
-from eval_knn import (evaluation_options, features_of, held_out, labelled_features, natural, number,
-                      percent, positive, prepare, report)
+from eval_knn import (evaluation_options, features_of, held_out, natural, number, percent, positive,
+                      report, start)
 
 
 class Heads:
@@ -94,13 +94,7 @@ def main():
     add("--augment", action="store_true",
         help="new crops and flips each epoch (the published protocol)")
     add("--seed", type=natural, default=0, help="of the order and of the crops")
-    args = parser.parse_args()
-    try:
-        run = prepare(args)
-    except ValueError as error:
-        parser.error(error)
-
-    train, test = labelled_features(run, args)
+    args, run, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     mean, std = train[0][fit].mean(0), train[0][fit].std(0, unbiased=False).clamp_min(1e-6)
     (x, y), (test_x, test_y) = (((features - mean) / std, labels)
