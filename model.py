@@ -291,7 +291,12 @@ def load_backbone(vit, path):
     Reads our checkpoints and those of DINO, iBOT, MAE, MoCo v3 and timm, whatever their prefixes.
     Only `mask_token` may be missing. Nothing is changed in `vit` when anything is wrong.
     """
-    weights, own = read_weights(path)[1], vit.state_dict()
+    return fill(vit, read_weights(path)[1], path)
+
+
+def fill(vit, weights, path):
+    """Put weights read from `path` into `vit`, all of them or none."""
+    own = vit.state_dict()
     wrong = [f"missing {name}" for name in own if name not in weights and name != "mask_token"]
     wrong += [f"unexpected {name}" for name in weights if name not in own]
     wrong += [f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}"
@@ -325,4 +330,4 @@ def open_backbone(path, arch=None):
         options |= {"patch_size": P,
                     "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * P}
     vit = ARCHS[options["arch"]](image_size=options["image_size"], patch_size=options["patch_size"])
-    return load_backbone(vit, path), options
+    return fill(vit, weights, path), options
