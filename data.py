@@ -320,7 +320,15 @@ def load_data(name, path=None, image_size=32):
     """-> train, test (None where there is nothing to evaluate by), each `Images` or `Folder`."""
     if name == "textures":
         return textures(10000, 0, image_size)[0], textures(1000, 1, image_size)[0]
-    return read_folder(path) if name == "folder" else from_torchvision(name, path)
+    if name == "folder":
+        return read_folder(path)
+    others = dist.is_initialized() and dist.get_rank() > 0
+    if others:
+        dist.barrier()  # the first process may have to download
+    sets = from_torchvision(name, path)
+    if dist.is_initialized() and not others:
+        dist.barrier()
+    return sets
 
 
 # ---- views -------------------------------------------------------------------------------------

@@ -337,11 +337,7 @@ def prepare(args):
 
     # -- data
     run.rank, run.world = join_processes(run.device)
-    if run.rank:
-        dist.barrier()  # the first process may have to download
     run.train_set, run.test_set = load_data(args.data, args.data_path, args.image_size)
-    if run.world > 1 and run.rank == 0:
-        dist.barrier()
     count = len(run.train_set)
     if count < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
