@@ -8,12 +8,12 @@ Left out so far: comparing several runs.
 import argparse
 import json
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
 
 from data import MEAN, STD, eval_batches, fold, load_data, train_batches
+from eval_knn import Parser
 from losses import pairwise_distance
 from masking import MASKS
 from model import pool_tokens
@@ -108,7 +108,6 @@ def masks(folder, sets=None, shown=6, each=8):
 FIGURES = dict(curves=curves, masks=masks)
 
 if __name__ == "__main__":
-    from eval_knn import Parser
     parser = Parser(__doc__)
     parser.add_argument("figure", choices=FIGURES, help="which picture")
     parser.add_argument("folder", help="--out-dir of a run")

@@ -13,7 +13,6 @@ Letters: B images of this process (world·B after `gather`), N patches, V views,
 """
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from losses import pull_loss, rkd_angle_loss, rkd_distance_loss
