@@ -1,8 +1,9 @@
-"""Relations instead of instances: distances and angles among points, and losses that match them.
+"""The mathematics of every objective: pure functions of tensors, each beside its equation.
 
-Relational knowledge distillation (Park, Kim, Lu, Cho 2019, arXiv 1904.05068). A student places N
-points s_1..s_N, a teacher t_1..t_N (one point an image, or one a patch). The student is not asked
-to put s_i where t_i is, only to keep the teacher's *relations* (section 3.2):
+First the relations that this project is about. Relational knowledge distillation (Park, Kim, Lu,
+Cho 2019, arXiv 1904.05068): a student places N points s_1..s_N, a teacher t_1..t_N (one point an
+image, or one a patch). The student is not asked to put s_i where t_i is, only to keep the
+teacher's *relations* (section 3.2):
 
     distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|              (eq. 5, 6)
     angle      psi_A(i, j, k) = cos of the angle at x_j between x_i and x_k               (eq. 8)
@@ -15,7 +16,12 @@ but a network whose outputs shrink towards one point keeps a low loss all the wa
 cannot report that collapse: watch `panel` beside it, as train.py does. And nothing here ties the
 two views of one image to each other: that is what the small `pull_loss` of `rkd` adds.
 
-Letters: N points, D width, ... any leading dimensions (separate sets of points, averaged).
+Then what they are studied against: other relations, contrast, self-distillation, masked prediction.
+The teacher's side (teacher, target, key, center, tokens) never gets a gradient, and all is computed
+in float32 whatever the autocast state.
+
+Letters: N points, D width, B images, K prototypes, M hidden patches, P values in a patch, ... any
+leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True = hidden.
 Left out: sampling of triplets (the mean below is exact), L2 normalisation (the caller's choice).
 """
 import torch
@@ -100,7 +106,7 @@ def pull_loss(student, teacher):
     Directions from the centre of the batch: seen from the origin, a large common offset would
     satisfy the pull at no cost, as relations do not see one. 2 for unrelated views, 0 for equal.
     """
-    check_points(student, teacher, 2)
+    check_pairs(student, teacher, 2)
     s, t = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (student, teacher.detach()))
     return (s - t).square().sum(-1).mean()
 
@@ -147,15 +153,206 @@ class AngleHuber(torch.autograd.Function):
     def backward(ctx, grad_output):
         return grad_output * ctx.saved_tensors[0], None
 
+# ---- other relations: the study's controls -----------------------------------------------------
 
-def check_points(student, teacher, least):
+def cka_loss(student, teacher):
+    """1 - linear CKA (Kornblith et al. 2019, arXiv 1905.00414): (N, Ds), (N, Dt) -> scalar.
+
+    K = X Xᵀ of centred points;  CKA = <K_s, K_t> / (|K_s| |K_t|). Between 0 and 1; blind to shift,
+    rotation and scale of either side, as the relations above, but one number for all pairs at once.
+    """
+    check_points(student, teacher, 2, sets=False)
+
+    def kernel(x):  # (N·N,), of length 1; all points equal: zeros
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.normalize((x.float() - x.float().mean(0)).flatten(), dim=0).view_as(x)
+            return F.normalize((x @ x.T).flatten(), dim=0)
+
+    return 1 - (kernel(student) * kernel(teacher.detach())).sum()
+
+
+def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.04):
+    """Sharpened similarities (ReSSL: Zheng et al. 2021, arXiv 2107.09282): (N, Ds), (N, Dt).
+
+    p_i = softmax over j != i of cos(x_i, x_j) / temperature;  mean over i of KL(p_i of the teacher
+    || p_i of the student). The others of the batch, each network's own, stand for ReSSL's queue.
+    """
+    check_points(student, teacher, 3, sets=False)
+
+    def log_p(x, temperature):
+        N = len(x)
+        others = cosines(x, x)[~torch.eye(N, dtype=torch.bool, device=x.device)]
+        return (others.view(N, N - 1) / temperature).log_softmax(1)
+
+    return F.kl_div(log_p(student, student_temperature),
+                    log_p(teacher.detach(), teacher_temperature),
+                    reduction="batchmean", log_target=True)
+
+
+# ---- contrast: which of the images of the batch is it? -----------------------------------------
+
+def cosines(a, b):
+    """All cosines between rows: (N, D), (M, D) -> (N, M), float32 whatever the autocast state."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT
+
+
+def info_nce_loss(query, key, temperature):
+    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4): (N, D), (N, D) -> scalar.
+
+    -log exp(q_i·k_i / temperature) / sum over j of exp(q_i·k_j / temperature), rows normalised
+    here, mean over i. log N when all keys look alike. No gradient to the keys.
+    """
+    check_pairs(query, key, 2)
+    logits = cosines(query, key.detach()) / temperature
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def nt_xent_loss(a, b, temperature):
+    """NT-Xent (SimCLR: Chen et al. 2020, arXiv 2002.05709, eq. 1): (N, D), (N, D) -> scalar.
+
+    InfoNCE of 2N views among each other: the positive of a view is the other view of its image, the
+    negatives are the 2N - 2 views of other images. log(2N - 1) when all look alike.
+    """
+    check_pairs(a, b, 2)
+    views = torch.cat([a, b])
+    itself = torch.eye(len(views), dtype=torch.bool, device=a.device)
+    logits = (cosines(views, views) / temperature).masked_fill(itself, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(views), device=a.device).roll(len(a)))
+
+
+# ---- self-distillation: what would the teacher say? --------------------------------------------
+
+def byol_loss(prediction, target):
+    """Mean of |p̂ - ẑ|² = 2 - 2 cos(p, z) (BYOL: Grill et al. 2020, arXiv 2006.07733, eq. 2)."""
+    check_pairs(prediction, target, 1)
+    p, z = F.normalize(prediction.float(), dim=-1), F.normalize(target.detach().float(), dim=-1)
+    return 2 - 2 * (p * z).sum(-1).mean()
+
+
+def soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
+                       teacher_temperature):
+    """-sum over k of p_t log p_s, p_t centred and sharpened: (..., K), (..., K), (K,) -> (...)."""
+    if student_logits.shape != teacher_logits.shape or center.shape != student_logits.shape[-1:]:
+        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
+                         f"{tuple(teacher_logits.shape)} and center {tuple(center.shape)} must be "
+                         "(..., K), (..., K) and (K,)")
+    target = (teacher_logits.detach().float() - center.detach().float()) / teacher_temperature
+    student = (student_logits.float() / student_temperature).log_softmax(-1)
+    return -(target.softmax(-1) * student).sum(-1)
+
+
+def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
+              teacher_temperature=0.04):
+    """DINO (Caron et al. 2021, arXiv 2104.14294, eq. 1 and 2): (N, K), (N, K), (K,) -> scalar.
+
+    Cross-entropy of softmax(student / student_temperature) against
+    softmax((teacher - center) / teacher_temperature), mean over N. log K for uniform prototypes;
+    the low teacher temperature sharpens, the centre (`move_center`) keeps one prototype from
+    taking all.
+    """
+    return soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
+                              teacher_temperature).mean()
+
+
+def move_center(center, batch_mean, momentum=0.9):
+    """The centre after a batch (DINO, eq. 4): (K,), mean of all teacher logits (K,) -> (K,)."""
+    return momentum * center.detach() + (1 - momentum) * batch_mean.detach().float()
+
+
+def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temperature=0.1,
+                      teacher_temperature=0.04):
+    """iBOT's patch term (Zhou et al. 2022, arXiv 2111.07832, eq. 2) -> scalar.
+
+    DINO's cross-entropy at the hidden patches: mean over those of an image, then over the images;
+    one that hides nothing counts 0. Logits (B, N, K), or of the hidden patches alone (M, K).
+    """
+    student, teacher = (hidden_rows(x, mask) for x in (student_logits, teacher_logits))
+    weight = mask / (mask.sum(1, keepdim=True).clamp_min(1) * len(mask))  # (B, N)
+    loss = soft_cross_entropy(student, teacher, center, student_temperature, teacher_temperature)
+    return (loss * weight[mask].to(loss.device)).sum()
+
+
+# ---- masked prediction: what is under the mask? ------------------------------------------------
+# Each takes patches (B, N, ..), or, where that is cheaper, those of the hidden alone, (M, ..).
+
+def hidden_rows(x, mask, dims=3):
+    """(B, N, ..) -> the rows of its hidden patches (M, ..), in the order of x[mask]."""
+    rows = x.dim() == dims - 1 and len(x) == int(mask.sum())
+    if mask.dtype != torch.bool or mask.dim() != 2 or not (
+            rows or x.dim() == dims and x.shape[:2] == mask.shape):
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool (B, N), True = "
+                         f"hidden, for (B, N, ..) or its hidden rows, not {tuple(x.shape)}")
+    return x if rows else x[mask]
+
+
+def average(error):
+    """The mean, 0 where there is nothing."""
+    return error.sum() / max(1, error.numel())
+
+
+def masked_token_loss(logits, tokens, mask):
+    """BEiT (Bao et al. 2021, arXiv 2106.08254, eq. 2): cross-entropy at the hidden patches.
+
+    Logits (B, N, K), tokens (B, N) int64 -> scalar, the mean over all hidden patches of the batch;
+    log K for a uniform guess.
+    """
+    logits, tokens = hidden_rows(logits, mask), hidden_rows(tokens, mask, dims=2)
+    return average(F.cross_entropy(logits.float(), tokens, reduction="none"))
+
+
+def standardize(patches):
+    """(..., P) -> each patch with mean 0 and (unbiased) variance 1 of its own (MAE, section 3)."""
+    centred = patches.float() - patches.float().mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centred / (variance + 1e-6).sqrt()
+
+
+def pixel_loss(prediction, patches, mask, normalize=True, p=2):
+    """Mean |prediction - pixels|^p over the hidden patches: (B, N, P), (B, N, P), (B, N) -> scalar.
+
+    MAE (He et al. 2021, arXiv 2111.06377): p = 2, the target standardised patch by patch, so that a
+    flat guess has error (P-1)/P. SimMIM (Xie et al. 2021, arXiv 2111.09886): p = 1 and not that.
+    """
+    prediction, patches = (hidden_rows(x, mask) for x in (prediction, patches.detach()))
+    check_pairs(prediction, patches, 0)
+    target = standardize(patches) if normalize else patches.float()
+    return average((prediction.float() - target).abs() ** p)
+
+
+def feature_loss(prediction, target, mask, beta=1.0):
+    """Smooth L1 to the teacher's features at the hidden patches: (B, N, D) twice, (B, N) -> scalar.
+
+    dBOT (Liu et al. 2022, arXiv 2209.03917). Mean over the hidden patches of the batch: e²/(2 beta)
+    for |e| < beta, |e| - beta/2 beyond (dBOT's code: beta = 2). The target comes normalised.
+    """
+    prediction, target = (hidden_rows(x, mask) for x in (prediction, target.detach()))
+    check_pairs(prediction, target, 0)
+    return average(F.smooth_l1_loss(prediction.float(), target.float(), reduction="none",
+                                    beta=beta))
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+def check_points(student, teacher, least, sets=True):
     """Refuse what has no relation: sets of different size, or of fewer than `least` points."""
-    if student.dim() < 2 or student.shape[:-1] != teacher.shape[:-1]:
+    if (student.dim() < 2 or student.dim() > 2 and not sets
+            or student.shape[:-1] != teacher.shape[:-1]):
         raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
-                         "must be (..., N, D) with the same N points; only the width D may differ")
+                         f"must be ({'..., ' * sets}N, D) with the same N points; only the width D "
+                         "may differ")
     if student.shape[-2] < least:
         raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
                          "use a larger batch")
+
+
+def check_pairs(a, b, least):
+    """Refuse rows that are not the partners of each other, or fewer than `least` of them."""
+    if a.dim() != 2 or a.shape != b.shape:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: both sides must have one shape "
+                         "(N, D), row i of one belonging to row i of the other")
+    if len(a) < least:
+        raise ValueError(f"{len(a)} point(s): this loss needs at least {least}; use a larger batch")
 
 
 # ---- what the losses cannot see ----------------------------------------------------------------
@@ -175,12 +372,13 @@ def panel(student, teacher):
 
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
     points, times sqrt(D): 1 if isotropic, 0 for one point. alignment: mean |s - t|² of two views of
-    an image. uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform
+    an image (none if `student` is None). uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform
     (both: Wang & Isola 2020, arXiv 2005.10242).
     """
-    s, t = F.normalize(student.detach()), F.normalize(teacher)
+    t = F.normalize(teacher)
+    seen = {} if student is None else dict(
+        alignment=(F.normalize(student.detach()) - t).square().sum(1).mean().item())
     others = (t @ t.T)[~torch.eye(len(t), dtype=torch.bool, device=t.device)]  # cos, i != j
     return dict(effective_rank=effective_rank(teacher),
-                feature_std=t.std(0).mean().item() * t.shape[1] ** 0.5,
-                alignment=(s - t).square().sum(1).mean().item(),
+                feature_std=t.std(0).mean().item() * t.shape[1] ** 0.5, **seen,
                 uniformity=(4 * others - 4).exp().mean().log().item())

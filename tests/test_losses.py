@@ -1,17 +1,22 @@
-"""The relational losses and their instruments against numbers worked out by hand and, for the
-losses, against their definition written out.
+"""The losses and their instruments against numbers worked out by hand and, for the losses, against
+their definition written out in float64.
 
     pytest tests/test_losses.py
 """
+import re
+from functools import partial
 from itertools import permutations
+from math import log
 
 import pytest
 import torch
 from torch.nn.functional import normalize as unit
 from torch.testing import assert_close
 
-from losses import (effective_rank, pairwise_distance, panel, pull_loss, rkd_angle_loss,
-                    rkd_distance_loss)
+from losses import (byol_loss, cka_loss, cosines, dino_loss, effective_rank, feature_loss,
+                    info_nce_loss, masked_patch_loss, masked_token_loss, move_center,
+                    nt_xent_loss, pairwise_distance, panel, pixel_loss, pull_loss, ressl_loss,
+                    rkd_angle_loss, rkd_distance_loss, soft_cross_entropy, standardize)
 
 LOSSES = [rkd_distance_loss, rkd_angle_loss]
 both = pytest.mark.parametrize("loss", LOSSES)
@@ -306,17 +311,9 @@ def test_what_is_kept_for_the_backward_pass_is_quadratic(loss):
     assert sum(kept) < 16 * N * N
 
 
-# ---------- mistakes ----------
+# ---------- mistakes: sets of points ----------
 
-@both
-def test_too_few_points_are_refused_by_count(loss):
-    N = 1 if loss is rkd_distance_loss else 2
-    with pytest.raises(ValueError, match=f"^{N} point.* at least {N + 1}"):
-        loss(cloud(N, 4), cloud(N, 4))
-    assert loss(cloud(N + 1, 4), cloud(N + 1, 4, seed=1)).isfinite()
-
-
-@both
+@pytest.mark.parametrize("loss", [*LOSSES, cka_loss, ressl_loss])
 @pytest.mark.parametrize("s, t", [[(5, 4), (6, 4)], [(2, 5, 4), (3, 5, 4)], [(5, 4), (1, 5, 4)],
                                   [(5,), (5,)]])
 def test_sets_that_do_not_match_are_refused(loss, s, t):
@@ -332,14 +329,6 @@ def test_pull_is_the_squared_distance_of_directions_from_the_centre():
     assert_close(pull_loss(east_west, north_south), torch.tensor(2.0))
     assert_close(pull_loss(east_west, -east_west), torch.tensor(4.0))
     assert_close(pull_loss(7 * east_west + 100, north_south - 50), torch.tensor(2.0))
-
-
-def test_pull_gives_no_gradient_to_the_teacher_and_needs_two_points():
-    student, teacher = cloud(9, 5).requires_grad_(), cloud(9, 5, seed=1).requires_grad_()
-    pull_loss(student, teacher).backward()
-    assert teacher.grad is None and student.grad.norm() > 1e-3
-    with pytest.raises(ValueError, match="^1 point.* at least 2"):
-        pull_loss(student[:1], teacher[:1])
 
 
 def test_effective_rank_counts_the_directions_that_are_used():
@@ -364,3 +353,387 @@ def test_panel_of_four_directions():
 def test_panel_shows_the_collapse_that_the_losses_do_not():
     collapsed = dict(effective_rank=1, feature_std=0, alignment=0, uniformity=0)
     assert panel(ONE_POINT, ONE_POINT) == pytest.approx(collapsed, abs=1e-5)
+
+
+# ---------- the other losses: how each is called, and its definition in float64 ----------
+
+HIDDEN = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()  # 3, 1 and 0
+CENTER = cloud(4, seed=3).requires_grad_()  # it must never get one
+
+
+def average(values):
+    return sum(values) / len(values)
+
+
+def softmax(logits):
+    return logits.exp() / logits.exp().sum()
+
+
+def similarities(x, others, temperature):
+    return softmax(torch.stack([x @ y / (x.norm() * y.norm()) for y in others]) / temperature)
+
+
+def cka_definition(s, t):
+    H = torch.eye(len(s)).double() - 1 / len(s)
+    K, L = H @ s @ s.T @ H, H @ t @ t.T @ H
+    return 1 - (K * L).sum() / (K.norm() * L.norm())
+
+
+def ressl_definition(s, t):
+    total = 0
+    for i in range(len(s)):
+        p, q = (similarities(x[i], [x[j] for j in range(len(x)) if j != i], temperature)
+                for x, temperature in [(t, 0.04), (s, 0.1)])
+        total += (p * (p / q).log()).sum()
+    return total / len(s)
+
+
+def info_nce_definition(query, key):
+    return average([-similarities(q, key, 0.2)[i].log() for i, q in enumerate(query)])
+
+
+def nt_xent_definition(a, b):
+    total = 0
+    for ours, theirs in [(a, b), (b, a)]:
+        for i, view in enumerate(ours):  # the positive comes first
+            others = [theirs[i]] + [x[j] for x in (a, b) for j in range(len(a)) if j != i]
+            total -= similarities(view, others, 0.2)[0].log()
+    return total / (2 * len(a))
+
+
+def byol_definition(p, z):
+    return average([(a / a.norm() - b / b.norm()).square().sum() for a, b in zip(p, z)])
+
+
+def cross_entropy(s, t):
+    return -(softmax((t - CENTER) / 0.04) * softmax(s / 0.1).log()).sum()
+
+
+def masked_patch_definition(s, t):
+    images = [[cross_entropy(s[b, n], t[b, n]) for n in range(5) if HIDDEN[b, n]] for b in range(3)]
+    return average([average(image) if image else 0 for image in images])
+
+
+def over_hidden(error):
+    return lambda s, t: average([error(s[b, n], t[b, n]) for b, n in HIDDEN.nonzero().tolist()])
+
+
+def pixel_error(s, t):
+    centred = t - sum(t) / 4
+    return (s - centred / (sum(centred**2) / 3 + 1e-6) ** 0.5).square().mean()
+
+
+PAIRS = dict(
+    cka=(cka_loss, cka_definition), ressl=(ressl_loss, ressl_definition),
+    info_nce=(partial(info_nce_loss, temperature=0.2), info_nce_definition),
+    nt_xent=(partial(nt_xent_loss, temperature=0.2), nt_xent_definition),
+    byol=(byol_loss, byol_definition),
+    pull=(pull_loss, lambda s, t: byol_definition(s - sum(s) / len(s), t - sum(t) / len(t))),
+    dino=(lambda s, t: dino_loss(s, t, CENTER),
+          lambda s, t: average([cross_entropy(a, b) for a, b in zip(s, t)])))
+MASKED = dict(
+    masked_patch=(lambda s, t, mask=HIDDEN: masked_patch_loss(s, t, mask, CENTER),
+                  masked_patch_definition),
+    masked_token=(lambda s, t, mask=HIDDEN: masked_token_loss(s, t.argmax(-1), mask),
+                  over_hidden(lambda s, t: -softmax(s)[t.argmax()].log())),
+    mae=(lambda s, t, mask=HIDDEN: pixel_loss(s, t, mask), over_hidden(pixel_error)),
+    mse=(lambda s, t, mask=HIDDEN: pixel_loss(s, t, mask, normalize=False),
+         over_hidden(lambda s, t: (s - t).square().mean())),
+    simmim=(lambda s, t, mask=HIDDEN: pixel_loss(s, t, mask, normalize=False, p=1),
+            over_hidden(lambda s, t: (s - t).abs().mean())),
+    feature=(lambda s, t, mask=HIDDEN: feature_loss(s, t, mask),
+             over_hidden(lambda s, t: huber(s - t).mean())),
+    dbot=(lambda s, t, mask=HIDDEN: feature_loss(s, t, mask, beta=2.0),
+          over_hidden(lambda s, t: 2 * huber((s - t) / 2).mean())))
+every = pytest.mark.parametrize("name", [*PAIRS, *MASKED])
+masked = pytest.mark.parametrize("name", MASKED)
+
+
+def case(name):
+    """The loss, and inputs with unequal pairs; relations get two widths."""
+    sizes = (3, 5) if name in MASKED else (7,)
+    width = 6 if name in ("cka", "ressl") else 4
+    return (PAIRS | MASKED)[name][0], 2 * cloud(*sizes, 4), 2 * cloud(*sizes, width, seed=1)
+
+
+@every
+def test_loss_and_gradient_are_those_of_the_definition(name):
+    loss, student, teacher = case(name)
+
+    def definition(student, teacher):
+        return (PAIRS | MASKED)[name][1](student.double(), teacher.double()).float()
+
+    assert_close(loss(student, teacher), definition(student, teacher), rtol=1e-4, atol=0)
+    expected = gradient(definition, student, teacher)
+    assert (gradient(loss, student, teacher) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_nt_xent_gives_gradient_to_both_sides():
+    loss, a, b = case("nt_xent")
+    expected = gradient(lambda b, a: nt_xent_definition(a.double(), b.double()), b, a)
+    assert_close(gradient(lambda b, a: loss(a, b), b, a), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS | MASKED if name != "nt_xent"])
+def test_no_gradient_reaches_target_or_center_even_where_they_ask_for_one(name):
+    loss, student, teacher = case(name)
+    loss(student.requires_grad_(), teacher.requires_grad_()).backward()
+    assert student.grad.norm() > 1e-3
+    assert teacher.grad is None and CENTER.grad is None
+
+
+@every
+def test_order_of_the_images_changes_nothing(name):
+    loss, student, teacher = case(name)
+    order = torch.tensor([2, 0, 1] if name in MASKED else [4, 0, 2, 6, 1, 3, 5])
+    shuffled = partial(loss, mask=HIDDEN[order]) if name in MASKED else loss
+    assert_close(shuffled(student[order], teacher[order]), loss(student, teacher))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_float32_loss(name, dtype):
+    loss, student, teacher = case(name)
+    student, teacher = (student + 50).to(dtype), (teacher + 50).to(dtype)
+    result = loss(student, teacher)
+    assert result.dtype == torch.float32 and result.dim() == 0
+    assert_close(result, loss(student.float(), teacher.float()), rtol=2e-2, atol=1e-6)
+    assert gradient(loss, student, teacher).isfinite().all()
+
+
+@every
+def test_autocast_does_not_change_one_bit(name):
+    loss, student, teacher = case(name)
+
+    def in_autocast(student, teacher):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(student, teacher)
+
+    assert_close(in_autocast(student, teacher), loss(student, teacher), rtol=0, atol=0)
+    assert_close(gradient(in_autocast, student, teacher), gradient(loss, student, teacher),
+                 rtol=0, atol=0)
+
+
+# ---------- other relations ----------
+
+def test_cka_of_an_axis_with_two_axes_is_the_cosine_of_one_and_root_two():
+    # K = vvᵀ, L = vvᵀ + wwᵀ, v orthogonal to w: <K, L> = 4, |K| = 2, |L| = sqrt(8)
+    v, w = torch.tensor([[1.], [-1], [0], [0]]), torch.tensor([[0.], [0], [1], [-1]])
+    assert_close(cka_loss(v, torch.cat([v, w], 1)), torch.tensor(1 - 0.5**0.5))
+    assert_close(cka_loss(v, w), torch.tensor(1.0))
+    assert_close(cka_loss(v, v), torch.tensor(0.0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("move", (MOVES | dict(vanish=lambda x: 1e-10 * x)).values(), ids=MOVES)
+def test_cka_ignores_shift_rotation_mirror_and_scale_of_either_side(move):
+    student, teacher = cloud(9, 5), cloud(9, 5, seed=1)
+    expected = cka_loss(student, teacher)
+    assert 0 < expected < 1
+    assert_close(cka_loss(move(student), teacher), expected, rtol=1e-4, atol=0)
+    assert_close(cka_loss(student, move(teacher)), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", [cka_loss, ressl_loss])
+def test_all_points_equal_has_a_finite_relation_and_gradient(loss):
+    for student, teacher in [(ONE_POINT, TRIANGLE), (TRIANGLE, ONE_POINT), (ONE_POINT, ONE_POINT)]:
+        assert loss(student, teacher).isfinite()
+        assert gradient(loss, student, teacher).isfinite().all()
+
+
+def test_ressl_of_equal_cosines_against_odds_of_three_to_one():
+    # teacher: cosines 1 and -1 for points 0 and 1, odds exp(2 / temperature) = 3; even for point 2
+    teacher = torch.tensor([[1., 0], [2, 0], [-3, 0]])
+    expected = 2 / 3 * (0.75 * log(0.75 / 0.5) + 0.25 * log(0.25 / 0.5))
+    result = ressl_loss(torch.eye(3), teacher, teacher_temperature=2 / log(3))
+    assert_close(result, torch.tensor(expected))
+
+
+def test_ressl_is_zero_for_equal_inputs_at_equal_temperatures_and_positive_otherwise():
+    x = cloud(9, 5)
+    assert_close(ressl_loss(x, 7 * x, 0.1, 0.1), torch.tensor(0.0), rtol=0, atol=1e-6)
+    assert ressl_loss(x, x) > 1e-2  # the teacher is sharper
+    assert all(ressl_loss(x, cloud(9, 3, seed=seed), 0.1, 0.1) > 1e-2 for seed in range(5))
+
+
+# ---------- contrast ----------
+
+def test_cosines_of_3_4_and_the_axes():
+    a, b = torch.tensor([[3., 4], [0, 0], [-1, 0]]), torch.tensor([[5., 0], [0, 0.1]])
+    assert_close(cosines(a, b), torch.tensor([[0.6, 0.8], [0, 0], [-1, 0]]))
+
+
+def test_equal_embeddings_cannot_be_told_apart():
+    assert_close(info_nce_loss(ONE_POINT, ONE_POINT, 0.1), torch.tensor(log(3)))
+    assert_close(nt_xent_loss(ONE_POINT, ONE_POINT, 0.1), torch.tensor(log(2 * 3 - 1)))
+
+
+def test_positives_with_odds_against_orthogonal_negatives():
+    # exp(1 / temperature) = 3 against 3 negatives of weight 1; 4 against 4
+    assert_close(info_nce_loss(7 * torch.eye(4), torch.eye(4), 1 / log(3)), torch.tensor(log(2)))
+    assert_close(nt_xent_loss(7 * torch.eye(3), torch.eye(3), 1 / log(4)), torch.tensor(log(2)))
+
+
+# ---------- self-distillation ----------
+
+@pytest.mark.parametrize("target, expected", [[(9., 0), 0], [(0, 9.), 2], [(-9., 0), 4]])
+def test_byol_is_0_for_equal_2_for_orthogonal_4_for_opposite_directions(target, expected):
+    result = byol_loss(torch.tensor([[0.1, 0]]), torch.tensor([target]))
+    assert_close(result, torch.tensor(float(expected)))
+
+
+def test_soft_cross_entropy_of_odds_three_to_one():
+    three, even, none = torch.tensor([log(3), 0]), torch.zeros(2), torch.zeros(2)
+    entropy = -0.75 * log(0.75) - 0.25 * log(0.25)
+    assert_close(soft_cross_entropy(even, three, none, 1, 1), torch.tensor(log(2)))
+    assert_close(soft_cross_entropy(three, three, none, 1, 1), torch.tensor(entropy))
+    assert_close(soft_cross_entropy(three, three, three, 1, 1),  # the centre makes the teacher even
+                 torch.tensor(-0.5 * log(0.75) - 0.5 * log(0.25)))
+
+
+def test_temperatures_divide_the_logits_and_the_teachers_divides_the_centre_too():
+    (_, s, t), rows = case("dino"), torch.ones(1, 7).bool()
+    expected = soft_cross_entropy(s / 0.3, t / 0.7, CENTER / 0.7, 1, 1).mean()
+    assert_close(dino_loss(s, t, CENTER, 0.3, 0.7), expected)
+    assert_close(masked_patch_loss(s, t, rows, CENTER, 0.3, 0.7), expected)
+
+
+def test_uniform_prototypes_cost_log_K():
+    uniform, teacher = torch.zeros(2, 5, 4), cloud(2, 5, 4)
+    assert_close(dino_loss(uniform[0], teacher[0], CENTER), torch.tensor(log(4)))
+    assert_close(masked_patch_loss(uniform, teacher, HIDDEN[:2], CENTER), torch.tensor(log(4)))
+    assert_close(masked_token_loss(uniform, teacher.argmax(-1), HIDDEN[:2]), torch.tensor(log(4)))
+
+
+def test_center_moves_a_tenth_of_the_way_to_the_mean_of_the_batch():
+    batch_mean = torch.tensor([2., 0]).half().requires_grad_()
+    moved = move_center(torch.tensor([1., 0]), batch_mean)
+    assert_close(moved, torch.tensor([1.1, 0]))
+    assert not moved.requires_grad
+    assert_close(move_center(torch.tensor([1., 0]), batch_mean, 0.25), torch.tensor([1.75, 0]))
+
+
+def test_masked_patch_loss_weighs_every_image_alike():
+    # 3 patches of image 0 guess at random, the one of image 1 is sure and right, image 2 hides none
+    student, teacher = torch.zeros(3, 5, 4), torch.zeros(3, 5, 4)
+    student[1, :, 0] = teacher[..., 0] = 100
+    loss = masked_patch_loss(student, teacher, HIDDEN, torch.zeros(4))
+    assert_close(loss, torch.tensor((log(4) + 0 + 0) / 3))
+
+
+# ---------- masked prediction ----------
+
+def test_pixels_and_features_weigh_every_hidden_patch_alike():
+    target = torch.zeros(3, 5, 4)
+    target[0] = 0.5  # at 3 of the 4 hidden patches
+    assert_close(pixel_loss(torch.zeros(3, 5, 4), target, HIDDEN, False, 1), torch.tensor(3 / 8))
+    assert_close(feature_loss(torch.zeros(3, 5, 4), target, HIDDEN), torch.tensor(3 / 4 / 8))
+
+
+@masked
+def test_rows_of_the_hidden_patches_alone_give_the_same_loss(name):
+    loss, student, teacher = case(name)
+    assert_close(loss(student[HIDDEN], teacher[HIDDEN]), loss(student, teacher))
+    assert_close(gradient(loss, student[HIDDEN], teacher[HIDDEN]),
+                 gradient(loss, student, teacher)[HIDDEN])
+
+
+@masked
+@pytest.mark.parametrize("value", [7., torch.nan, torch.inf])
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_visible_patches_change_neither_loss_nor_gradient(name, value, sides):
+    loss, student, teacher = case(name)
+    expected = loss(student, teacher), gradient(loss, student, teacher)
+    student, teacher = (x.masked_fill(~HIDDEN.unsqueeze(-1), value) if side else x
+                        for x, side in zip((student, teacher), sides))
+    assert_close((loss(student, teacher), gradient(loss, student, teacher)), expected)
+
+
+@masked
+def test_nothing_hidden_costs_nothing(name):
+    (loss, student, teacher), none = case(name), torch.zeros(3, 5).bool()
+    loss = partial(loss, mask=none)
+    assert loss(student, teacher) == 0 and gradient(loss, student, teacher).eq(0).all()
+    assert loss(student[none], teacher[none]) == 0
+    assert gradient(loss, student[none], teacher[none]).shape == (0, 4)
+
+
+def test_standardized_patch_has_mean_0_and_unbiased_variance_1():
+    patches = torch.tensor([[[1., 2, 3], [10, 30, 20], [5, 5, 5]]]).half()
+    expected = torch.tensor([[[-1., 0, 1], [-1, 1, 0], [0, 0, 0]]])
+    assert_close(standardize(patches), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flat_guess_of_standardized_pixels_has_error_P_minus_1_over_P():
+    # unbiased variance 1: the squares of a patch sum to P - 1; a guess off the mean adds its square
+    flat, patches = torch.zeros(3, 5, 4), 100 * cloud(3, 5, 4)
+    assert_close(pixel_loss(flat, patches, HIDDEN), torch.tensor(3 / 4))
+    assert_close(pixel_loss(flat + 2, patches, HIDDEN), torch.tensor(3 / 4 + 4))
+
+
+@pytest.mark.parametrize("beta, inside, outside", [(1, 0.125, 2.5), (2, 0.0625, 2.0)])
+def test_feature_loss_is_a_parabola_inside_beta_and_a_line_beyond(beta, inside, outside):
+    target, mask = torch.tensor([[[0.5, -3]]]), torch.tensor([[True]])
+    result = feature_loss(torch.zeros(1, 1, 2), target, mask, beta)
+    assert_close(result, torch.tensor((inside + outside) / 2))
+
+
+# ---------- mistakes: rows, logits, masks, tokens ----------
+
+@pytest.mark.parametrize("loss, least", [
+    (rkd_distance_loss, 2), (rkd_angle_loss, 3), (cka_loss, 2), (ressl_loss, 3), (pull_loss, 2),
+    (PAIRS["info_nce"][0], 2), (PAIRS["nt_xent"][0], 2), (byol_loss, 1)])
+def test_too_few_points_are_refused_by_count(loss, least):
+    with pytest.raises(ValueError, match=f"^{least - 1} point.* at least {least}"):
+        loss(cloud(least - 1, 4), cloud(least - 1, 4))
+    assert loss(cloud(least, 4), cloud(least, 4, seed=1)).isfinite()
+
+
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "byol", "pull"])
+@pytest.mark.parametrize("a, b", [[(5, 4), (6, 4)], [(5, 4), (5, 6)], [(5, 4), (1, 4)],
+                                  [(3, 5, 4), (3, 5, 1)], [(5,), (5,)]])
+def test_rows_that_are_no_partners_are_refused_by_size(name, a, b):
+    with pytest.raises(ValueError, match=re.escape(f"{a} and {b}")):
+        PAIRS[name][0](cloud(*a), cloud(*b))
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "dbot"])
+@pytest.mark.parametrize("a, b", [[(3, 5, 4), (3, 5, 1)], [(3, 5, 4), (2, 5, 4)], [(8, 4), (7, 4)],
+                                  [(3, 5, 4), (8, 3)], [(15, 4), (15, 4)]])
+def test_patches_that_are_no_partners_are_refused(name, a, b):
+    with pytest.raises(ValueError, match="must"):
+        MASKED[name][0](cloud(*a), cloud(*b), mask=HIDDEN)  # hides 8 of 3 x 5
+
+
+@pytest.mark.parametrize("s, t, c", [[(5, 4), (5, 3), (4,)], [(5, 4), (6, 4), (4,)],
+                                     [(5, 4), (5, 4), (3,)], [(5, 4), (5, 4), (1, 4)]])
+def test_logits_and_center_of_other_sizes_are_refused(s, t, c):
+    message = re.escape(f"student logits {s}, teacher logits {t} and center {c}")
+    with pytest.raises(ValueError, match=message):
+        dino_loss(cloud(*s), cloud(*t), cloud(*c))
+    with pytest.raises(ValueError, match=message if len(s) == len(t) == 5 else "must"):
+        masked_patch_loss(cloud(*s), cloud(*t), torch.ones(1, 5).bool(), cloud(*c))
+
+
+@masked
+@pytest.mark.parametrize("mask", [HIDDEN.float(), HIDDEN.int(), HIDDEN[:2], HIDDEN[:, :4],
+                                  HIDDEN[0], HIDDEN.unsqueeze(-1), HIDDEN.T])
+def test_masks_that_do_not_fit_are_refused_by_size_and_type(name, mask):
+    loss, student, teacher = case(name)
+    message = re.escape(f"mask {tuple(mask.shape)} {mask.dtype}") + r".*\(3, 5, 4\)"
+    with pytest.raises(ValueError, match=message):
+        loss(student, teacher, mask=mask)
+
+
+@masked
+def test_rows_that_are_not_those_of_the_mask_are_refused(name):
+    mask = torch.eye(5).bool()  # as many hidden patches as patches in an image
+    assert MASKED[name][0](cloud(5, 4), cloud(5, 4), mask=mask).isfinite()
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        MASKED[name][0](cloud(4, 4), cloud(4, 4), mask=mask)
+
+
+@pytest.mark.parametrize("logits, tokens", [[(3, 5, 4), (2, 5)], [(3, 5, 4), (3, 4)],
+                                            [(4, 4), (3,)]])
+def test_tokens_that_do_not_fit_the_logits_are_refused(logits, tokens):
+    with pytest.raises(ValueError, match=r"\D+".join(map(str, tokens))):
+        masked_token_loss(cloud(*logits), torch.zeros(tokens).long(), HIDDEN)
