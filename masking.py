@@ -2,7 +2,8 @@
 
 A mask is a bool tensor (B, N), True = hidden from the student, N = gh·gw patches row by row. Every
 row hides exactly round(ratio·N) patches, so that the visible ones of a batch form a rectangle
-(B, V, D) and can be cut out. Every other file refers to this convention.
+(B, V, D) and can be cut out; with one ratio a row, a tensor (B,), each has its own count. Every
+other file refers to this convention.
 
     random_mask         each patch alike (MAE: He et al. 2021, arXiv 2111.06377)
     block_mask          rectangles, until enough is hidden (BEiT: Bao et al. 2021, arXiv 2106.08254)
@@ -20,10 +21,11 @@ import torch
 
 
 def hidden_count(ratio, N):
-    """round(ratio·N), refusing a ratio outside [0, 1]."""
-    if not 0 <= ratio <= 1:
+    """round(ratio·N), refusing a ratio outside [0, 1]; of a tensor of ratios (B,), a tensor."""
+    low, high = (ratio.min(), ratio.max()) if torch.is_tensor(ratio) else (ratio, ratio)
+    if not 0 <= low <= high <= 1:
         raise ValueError(f"mask ratio {ratio} must lie between 0 (all seen) and 1 (all hidden)")
-    return round(ratio * N)
+    return (ratio * N).round().long() if torch.is_tensor(ratio) else round(ratio * N)
 
 
 def uniform(shape, generator):
@@ -31,15 +33,27 @@ def uniform(shape, generator):
 
 
 def hide_highest(scores, count):
-    """(B, N) scores -> bool mask of the `count` highest of each row."""
+    """(B, N) scores -> bool mask of the `count` (one number, or one a row) highest of each row."""
+    if torch.is_tensor(count):
+        ranks = scores.argsort(1, descending=True).argsort(1)
+        return ranks < count.to(scores.device).unsqueeze(1)
     mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter_(1, scores.topk(count, dim=1).indices, True)
 
 
-def random_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide patches drawn uniformly without replacement: grid (gh, gw) -> bool (B, N)."""
-    N = grid[0] * grid[1]
-    return hide_highest(uniform((batch, N), generator), hidden_count(ratio, N)).to(device)
+def random_mask(batch, grid, ratio, generator=None, device=None, unit=1):
+    """Hide patches drawn uniformly without replacement: grid (gh, gw) -> bool (B, N).
+
+    In squares of unit x unit patches (SimMIM, arXiv 2111.09886: 32 px, two patches of 16), of which
+    round(ratio · their number) are hidden.
+    """
+    gh, gw = grid
+    if gh % unit or gw % unit:
+        raise ValueError(f"mask unit {unit} does not divide the grid of {gh} x {gw} patches")
+    N = (gh // unit) * (gw // unit)
+    mask = hide_highest(uniform((batch, N), generator), hidden_count(ratio, N)).to(device)
+    mask = mask.view(batch, gh // unit, gw // unit)
+    return mask.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1)
 
 
 def inside(rows, columns, top, left, height, width):
@@ -60,6 +74,7 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     count = hidden_count(ratio, N)
     least = max(1, min(min_patches, N // 12))
     mask = torch.zeros(batch, N, dtype=torch.bool, device=generator.device if generator else None)
+    count = torch.as_tensor(count, device=mask.device)
     rows = torch.arange(gh, device=mask.device).view(1, -1, 1)
     columns = torch.arange(gw, device=mask.device).view(1, 1, -1)
     for rounds_left in range(64, -1, -1):
@@ -91,13 +106,15 @@ def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspe
     rows = torch.arange(gh, device=draw.device).view(1, -1, 1)
     columns = torch.arange(gw, device=draw.device).view(1, 1, -1)
     aspect = torch.exp((2 * draw[0] - 1) * math.log(1 / min_aspect))
-    height = (visible * aspect).sqrt().round().clamp(max(1, math.ceil(visible / gw)), gh)
+    visible = torch.as_tensor(visible, device=draw.device).expand(batch)
+    height = (visible * aspect).sqrt().round()
+    height = height.clamp(min=(visible / gw).ceil().clamp_min(1)).clamp(max=gh)
     width = -(-visible // height)  # rounded up
     top = (draw[1] * (gh - height + 1)).floor()
     left = (draw[2] * (gw - width + 1)).floor()
     shown = inside(rows, columns, top, left, height, width)
     columnwise = shown.mT.flatten(1)  # (B, gw·gh): count down the columns, cut the last one
-    shown = (columnwise & (columnwise.cumsum(1) <= visible)).view(batch, gw, gh).mT
+    shown = (columnwise & (columnwise.cumsum(1) <= visible.unsqueeze(1))).view(batch, gw, gh).mT
     return ~shown.flatten(1).to(device)
 
 

@@ -16,6 +16,14 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def attended(batch, grid, ratio, generator):
+    """attention_mask of drawn attention, called like the makers."""
+    return attention_mask(torch.rand(batch, grid[0] * grid[1], generator=generator), ratio)
+
+
+all_four = pytest.mark.parametrize("make", [random_mask, block_mask, inverse_block_mask, attended])
+
+
 def borders(mask, grid):
     """Neighbours, side by side, of which one is hidden and one is not; counted per mask."""
     return mask.view(-1, *grid).diff(dim=2).sum((1, 2)).float()
@@ -32,9 +40,10 @@ def test_every_row_hides_exactly_the_rounded_share(make, grid, ratio):
     assert mask.dtype == torch.bool and mask.shape == (33, grid[0] * grid[1])
 
 
-@makers
-def test_equal_generators_give_equal_masks(make):
-    first, again, other = (make(8, (14, 14), 0.6, generator=seeded(seed)) for seed in (5, 5, 6))
+@all_four
+@pytest.mark.parametrize("ratio", [0.6, torch.tensor(RATIOS)], ids=["one", "one an image"])
+def test_equal_generators_give_equal_masks(make, ratio):
+    first, again, other = (make(8, (14, 14), ratio, generator=seeded(seed)) for seed in (5, 5, 6))
     assert first.equal(again)
     assert not first.equal(other)
 
@@ -84,6 +93,32 @@ def test_the_table_names_the_three_makers():
     assert MASKS == dict(random=random_mask, block=block_mask, inverse_block=inverse_block_mask)
 
 
+# ---------- one ratio an image ----------
+
+@all_four
+@grids
+def test_with_one_ratio_an_image_each_row_hides_its_own_share(make, grid):
+    mask = make(8, grid, torch.tensor(RATIOS), generator=seeded())
+    assert mask.sum(1).tolist() == [round(ratio * grid[0] * grid[1]) for ratio in RATIOS]
+    assert mask.dtype == torch.bool and mask.shape == (8, grid[0] * grid[1])
+
+
+@all_four
+@grids
+def test_a_row_is_what_its_ratio_would_give_to_all(make, grid):
+    mask = make(8, grid, torch.tensor(RATIOS), generator=seeded())
+    for row, ratio in enumerate(RATIOS):
+        assert mask[row].equal(make(8, grid, ratio, generator=seeded())[row])
+
+
+@all_four
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_one_ratio_outside_0_and_1_is_refused_among_others(make, wrong):
+    for ratios in ([wrong, 0.5], [0.5, wrong]):
+        with pytest.raises(ValueError, match="mask ratio tensor.* must lie between 0"):
+            make(2, (4, 4), torch.tensor(ratios), generator=seeded())
+
+
 # ---------- each of them ----------
 
 def test_random_hides_every_patch_equally_often():
@@ -97,6 +132,37 @@ def test_random_hides_pairs_of_patches_equally_often():
     mask = random_mask(6000, (2, 2), 0.5, generator=seeded()).float()
     times = (mask.T @ mask)[*torch.triu_indices(4, 4, 1)]
     assert (times - 1000).abs().max() < 5 * 28.9
+
+
+def squares(mask, grid):
+    """bool (B, N) -> the four patches of each 2 x 2 square, (B, gh / 2, gw / 2, 4)."""
+    return mask.view(-1, grid[0] // 2, 2, grid[1] // 2, 2).transpose(2, 3).flatten(3)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (4, 6), (2, 8)])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_in_units_of_2_random_hides_whole_squares_and_their_rounded_share(grid, ratio):
+    cells = squares(random_mask(33, grid, ratio, generator=seeded(), unit=2), grid)
+    assert cells.all(-1).equal(cells.any(-1))
+    assert cells.all(-1).sum((1, 2)).tolist() == [round(ratio * grid[0] * grid[1] / 4)] * 33
+
+
+def test_in_units_of_2_each_row_hides_the_share_of_its_own_ratio():
+    mask = random_mask(8, (14, 14), torch.tensor(RATIOS), generator=seeded(), unit=2)
+    assert mask.sum(1).tolist() == [4 * round(ratio * 49) for ratio in RATIOS]
+
+
+def test_in_units_of_2_random_hides_every_square_equally_often():
+    # of six squares two, in 4500 masks 1500 times, deviation (4500 · 1/3 · 2/3)^½ = 31.6: five
+    times = squares(random_mask(4500, (4, 6), 1 / 3, generator=seeded(), unit=2), (4, 6)).sum(0)
+    assert (times - 1500).abs().max() < 5 * 31.6
+
+
+@pytest.mark.parametrize("grid", [(6, 8), (8, 6), (2, 2)])
+def test_a_unit_that_does_not_divide_the_grid_is_refused(grid):
+    with pytest.raises(ValueError, match=f"mask unit 3 .* grid of {grid[0]} x {grid[1]} patches"):
+        random_mask(2, grid, 0.5, unit=3)
+    assert random_mask(2, (6, 9), 0.5, unit=3).sum(1).tolist() == [27, 27]
 
 
 def test_block_hides_rectangles_not_scattered_patches():
