@@ -10,17 +10,46 @@ Parameter names are those of timm and DINO, so published weights load as they ar
 Hidden patches (masking.py: bool (B, N), True = hidden) either become the `mask_token`, which stands
 in for their pixels and keeps their position, or are dropped, which at 75 % costs a quarter. The
 teacher is the student's moving average (`ema_update`; Tarvainen & Valpola 2017, arXiv 1703.01780).
-Left out: LayerScale, relative positions, registers, other norms.
+What stands on a backbone is here too: projection heads, prototypes, the decoder of masked
+prediction. Left out: LayerScale, relative positions, registers, other norms.
+
+    python model.py --checkpoint C --export FILE     # the backbone alone, for timm to load
 
 Letters: B images, N patches, V visible patches, D width, H heads, P patch size in pixels.
 """
 import argparse
+import json
 import math
+import os
+import re
+import sys
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+def patchify(images, patch_size):
+    """(B, 3, height, width) -> patches row by row, (B, N, 3, P, P)."""
+    (B, C, height, width), P = images.shape, patch_size
+    patches = images.reshape(B, C, height // P, P, width // P, P)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def sincos_positions(grid, dim):
+    """Fixed 2-D positions, in MAE's order: grid (gh, gw) -> (1, 1 + N, D), zeros for CLS.
+
+    A quarter of the width each: sin and cos of the column, sin and cos of the row (MoCo v3 has the
+    row first), times D/4 frequencies from 1 down to 1/10,000.
+    """
+    if dim % 4:
+        raise ValueError(f"width {dim} must be a multiple of 4 for sine-cosine positions")
+    frequency = 1e4 ** -(torch.arange(dim // 4) / (dim // 4))
+    row, column = (x.flatten().unsqueeze(1) * frequency
+                   for x in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)  # (N, D)
+    return F.pad(table, (0, 0, 1, 0)).unsqueeze(0)
 
 
 class PatchEmbed(nn.Module):
@@ -115,7 +144,7 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
-                 mlp_ratio=4, drop_path=0.0, conv_stem=False):
+                 mlp_ratio=4, drop_path=0.0, conv_stem=False, fixed_pos=False):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}")
@@ -131,6 +160,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
+        if fixed_pos:
+            self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), False)
         self.blocks.apply(init_linear)
 
     def grid_of(self, height, width):
@@ -152,11 +183,11 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images, mask=None, drop=False):
         """Images to the tokens that enter the first block. A mask with `drop` needs equal rows."""
-        (B, _, height, width), P = images.shape, self.patch_size
+        B, _, height, width = images.shape
         gh, gw = self.grid_of(height, width)
         if mask is not None and (mask.shape != (B, gh * gw) or mask.dtype != torch.bool):
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool {(B, gh * gw)}")
-        patches = images.view(B, 3, gh, P, gw, P).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        patches = patchify(images, self.patch_size)
         pos = self.positions((gh, gw))
         if mask is not None and drop:
             visible = (~mask).sum(1).tolist()  # a mask on the CPU costs no wait for the GPU here
@@ -176,12 +207,12 @@ class VisionTransformer(nn.Module):
             x = x + pos[:, 1:]
         return torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1), x], 1)
 
-    def forward(self, images, mask=None, drop=False):
+    def forward(self, images, mask=None, drop=False, norm=True):
         """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D)."""
         x = self.embed(images, mask, drop)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x) if norm else x
 
     def last_blocks(self, images, n):
         """Tokens after each of the last n blocks, through the final norm: list of (B, 1 + N, D)."""
@@ -203,17 +234,77 @@ def init_linear(module):
     """Xavier-uniform, as in MAE: trunc_normal(0.02) stalls a tiny ViT for hundreds of steps."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
-def mlp_head(dim, hidden, out):
+# ---- what stands on a backbone -----------------------------------------------------------------
+
+def mlp_head(dim, hidden, out, layers=2, norm=nn.LayerNorm, activation=nn.GELU, last=None,
+             bias=True):
     """Projection head or predictor: (.., dim) -> (.., out).
 
-    With LayerNorm, so that it is the same on any number of processes; those of MoCo v3 and BYOL
-    have BatchNorm there.
+    With LayerNorm between, which looks at one sample alone; objectives.py puts the BatchNorm there
+    that SimCLR, MoCo v3 and BYOL have. `last`: a norm behind the last layer.
     """
-    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(),
-                         nn.Linear(hidden, out)).apply(init_linear)
+    widths, steps = [dim] + [hidden] * (layers - 1), []
+    for before, width in zip(widths, widths[1:]):
+        steps += [nn.Linear(before, width, bias), *([norm(width)] if norm else []), activation()]
+    steps += [nn.Linear(widths[-1], out, bias), *([last(out)] if last else [])]
+    return nn.Sequential(*steps).apply(init_linear)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head (.., D) -> (.., K): MLP, to length 1, cosines with K prototypes of length 1."""
+
+    def __init__(self, dim, hidden, bottleneck, prototypes, norm=None):
+        super().__init__()
+        self.mlp = mlp_head(dim, hidden, bottleneck, layers=3, norm=norm)
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def embed(self, x):
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def logits(self, z):
+        """Linear in z: the mean over many logits is the logit of their mean, which is cheaper."""
+        return F.linear(z, F.normalize(self.prototypes, dim=-1))
+
+    def forward(self, x):
+        return self.logits(self.embed(x))
+
+
+class Decoder(nn.Module):
+    """What is under the mask? Visible tokens (B, 1 + V, D), mask (B, N) -> (B, 1 + N, out).
+
+    MAE's light decoder (arXiv 2111.06377, section 3): a mask token at each hidden place, fixed
+    positions, a few blocks, one linear map. Heads are 32 wide, as in MAE's (512 in 16).
+    """
+
+    def __init__(self, grid, dim, out, width=512, depth=8, drop_path=0.0):
+        super().__init__()
+        heads = max(1, width // 32)
+        if width % heads or width % 4:
+            raise ValueError(f"decoder width {width} must be a multiple of 32 (heads are 32 wide)")
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.Sequential(*(Block(width, heads, 4, rate) for rate in rates))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, out)
+        self.apply(init_linear)
+
+    def forward(self, tokens, mask):
+        if set((~mask).sum(1).tolist()) - {tokens.shape[1] - 1}:
+            raise ValueError(f"{tokens.shape[1] - 1} visible tokens an image, but the mask leaves "
+                             f"{(~mask).sum(1).tolist()[:8]}")
+        x = self.embed(tokens)
+        places = self.mask_token.to(x.dtype).expand(*mask.shape, -1).clone()  # (B, N, width)
+        places[~mask] = x[:, 1:].flatten(0, 1)  # row by row, as they were cut out
+        x = torch.cat([x[:, :1], places], 1) + self.pos_embed
+        return self.pred(self.norm(self.blocks(x)))
 
 
 @torch.no_grad()
@@ -239,37 +330,102 @@ def pool_tokens(tokens, pool):
     return dict(cls=cls, mean=mean)[pool] if pool != "cls+mean" else torch.cat([cls, mean], 1)
 
 
-# name -> constructor; tiny, small and base are DeiT's, micro and mini are for images of 32 pixels
+# name -> constructor; tiny, small and base are DeiT's, small_12heads is MoCo v3's ViT-S, micro and
+# mini are for images of 32 pixels
 ARCHS = dict(
     vit_micro=partial(VisionTransformer, embed_dim=64, depth=2, num_heads=2, conv_stem=True),
     vit_mini=partial(VisionTransformer, embed_dim=128, depth=4, num_heads=4, conv_stem=True),
     vit_tiny=partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
     vit_small=partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6),
+    vit_small_12heads=partial(VisionTransformer, embed_dim=384, depth=12, num_heads=12),
     vit_base=partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
 )
 
 
-def read_weights(path):
-    """The file's dict, and the backbone in it under timm's names. Pickled code is refused, not run.
+# ---- reading and writing weights ---------------------------------------------------------------
 
-    Which network: ours, DINO's and iBOT's teacher; MoCo v3's base_encoder; else the only one.
-    Heads, MAE's decoder (with its mask token of decoder width) and timm's classifier are left out.
-    """
+def read_file(path):
+    """The dict in a file of plain tensors. Pickled code is refused, not run."""
+    path = os.fspath(path)
     try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file  # only where such a file is read
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the official files
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
+    except ImportError as error:
+        raise ValueError(f"{path}: reading .safetensors needs the package safetensors: "
+                         "pip install safetensors") from error
     except Exception as error:  # whatever a hostile or broken file provokes
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written "
                          "by train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
+
+
+HUGGING_FACE = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
+                "embeddings.position_embeddings": "pos_embed",
+                "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+                "encoder.layer.": "blocks.", ".attention.output.dense.": ".attn.proj.",
+                ".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.",
+                "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "layernorm.": "norm."}
+
+
+def from_hugging_face(weights):
+    """Hugging Face's ViT names -> timm's; the separate query, key and value become one qkv."""
+    renamed = {}
+    for name, x in weights.items():
+        for theirs, ours in HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = x
+    for name in [name for name in renamed if ".attention.attention.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            joined = name.replace(".attention.attention.query.", ".attn.qkv.")
+            renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+# width -> heads of the published ViTs, 64 wide each; MoCo v3's ViT-S alone has 12
+PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+
+
+def heads_in(path, file, prefix, weights):
+    """(attention heads that a file was trained with, does it say so): no shape tells them."""
+    width = weights["cls_token"].shape[-1]
+    options = file.get("args")
+    if isinstance(options, dict) and options.get("arch") in ARCHS:  # ours
+        shape = ARCHS[options["arch"]].keywords
+        return (shape["num_heads"], True) if shape["embed_dim"] == width else (None, False)
+    try:  # Hugging Face's config, beside the weights
+        with open(os.path.join(os.path.dirname(path), "config.json")) as config:
+            config = json.load(config)
+        if config["hidden_size"] == width:
+            return int(config["num_attention_heads"]), True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if width == 384 and ("base_encoder" in prefix or "momentum_encoder" in prefix):
+        return 12, True
+    return PUBLISHED_HEADS.get(width), "teacher" in file  # DINO, iBOT; else the usual number
+
+
+def read_weights(path):
+    """The file's dict, the backbone in it under timm's names, and what `heads_in` knows.
+
+    Which network: ours, DINO's and iBOT's teacher (our student where there is no teacher); MoCo
+    v3's base_encoder; else the only one. Heads, MAE's decoder (with its mask token of decoder
+    width), timm's classifier and Hugging Face's pooler are left out.
+    """
+    file = read_file(path)
     inner = file
-    for name in ("teacher", "state_dict", "model"):
+    for name in ("teacher", "state_dict", "model", "student"):
         if isinstance(inner, dict) and isinstance(inner.get(name), dict):
             inner = inner[name]
     weights = inner if isinstance(inner, dict) else {}
     weights = {str(name): x for name, x in weights.items() if isinstance(x, torch.Tensor)}
+    if any(name.endswith("embeddings.cls_token") for name in weights):
+        weights = from_hugging_face(weights)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if not prefixes:
         raise ValueError(f"{path} holds no ViT backbone (no cls_token): "
@@ -278,29 +434,36 @@ def read_weights(path):
     weights = {name.removeprefix(prefix): x
                for name, x in weights.items() if name.startswith(prefix)}
     decoder = any(name.startswith("decoder") for name in weights)
-    outside = ("decoder_", "head.", "head_dist.") + ("mask_token",) * decoder
+    outside = ("decoder_", "head.", "head_dist.", "pooler.") + ("mask_token",) * decoder
     weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
     if "masked_embed" in weights:  # iBOT's name
         weights["mask_token"] = weights.pop("masked_embed").view(1, 1, -1)
-    return file, weights
+    return file, weights, heads_in(path, file, prefix, weights)
 
 
-def load_backbone(vit, path):
+def load_backbone(vit, path, num_heads=None):
     """Load a backbone into `vit`, strictly, and return it; ValueError lists what does not fit.
 
-    Reads our checkpoints and those of DINO, iBOT, MAE, MoCo v3 and timm, whatever their prefixes.
-    Only `mask_token` may be missing. Nothing is changed in `vit` when anything is wrong.
+    Reads our checkpoints, those of DINO, iBOT, MAE, MoCo v3 and timm, and Hugging Face's ViT
+    layout, whatever their prefixes. Only `mask_token` may be missing. Another number of heads than
+    the file's is refused, for it would load and give garbage; `num_heads` says what the file was
+    trained with where that is not the published number. Nothing is changed in `vit` when anything
+    is wrong.
     """
-    return fill(vit, read_weights(path)[1], path)
+    _, weights, (heads, _) = read_weights(path)
+    return fill(vit, weights, path, num_heads or heads)
 
 
-def fill(vit, weights, path):
+def fill(vit, weights, path, heads=None):
     """Put weights read from `path` into `vit`, all of them or none."""
     own = vit.state_dict()
     wrong = [f"missing {name}" for name in own if name not in weights and name != "mask_token"]
     wrong += [f"unexpected {name}" for name in weights if name not in own]
     wrong += [f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}"
               for name, x in weights.items() if name in own and x.shape != own[name].shape]
+    if not wrong and heads not in (None, vit.num_heads):
+        wrong = [f"it was trained with {heads} attention heads, not {vit.num_heads}: take an arch "
+                 f"with {heads}" + ", vit_small_12heads" * (heads == 12 and vit.embed_dim == 384)]
     if wrong:
         raise ValueError(f"{path} does not fit this model: " + "; ".join(wrong[:8])
                          + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
@@ -314,7 +477,7 @@ def open_backbone(path, arch=None):
     `options` are those of the run for our checkpoints; for other files `arch` must be given, and
     they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have.
     """
-    file, weights = read_weights(path)
+    file, weights, (heads, said) = read_weights(path)
     ours = (isinstance(file.get("args"), dict)
             and {"arch", "patch_size", "image_size"} <= set(file["args"]))
     options = dict(file["args"]) if ours else {"arch": arch}
@@ -330,4 +493,37 @@ def open_backbone(path, arch=None):
         options |= {"patch_size": P,
                     "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * P}
     vit = ARCHS[options["arch"]](image_size=options["image_size"], patch_size=options["patch_size"])
-    return fill(vit, weights, path), options
+    return fill(vit, weights, path, heads if said else None), options
+
+
+def export_backbone(vit, path):
+    """Write a backbone's weights as timm names them, for timm's VisionTransformer of this shape.
+
+    A conv stem is refused: timm's has none. The mask token, which timm's lacks too, is left out.
+    """
+    if not hasattr(vit.patch_embed, "proj"):
+        raise ValueError("a conv stem (vit_micro, vit_mini) has no place in timm's ViT: export "
+                         "vit_tiny, vit_small or vit_base")
+    weights = {name: x.cpu() for name, x in vit.state_dict().items() if name != "mask_token"}
+    with open(path, "wb") as file:
+        torch.save(weights, file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="ours, or any that load_backbone reads")
+    parser.add_argument("--arch", choices=ARCHS, help="only for weights that do not say theirs")
+    parser.add_argument("--export", required=True, metavar="FILE", help="where to write")
+    args = parser.parse_args()
+    try:
+        vit, options = open_backbone(args.checkpoint, args.arch)
+        export_backbone(vit, args.export)
+    except (OSError, ValueError) as error:
+        print(f"model.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"""{args.export} is written; in timm:
+vit = timm.create_model("{re.sub("_12heads", "", options["arch"])}_patch16_224", num_classes=0,
+                        img_size={options["image_size"]}, patch_size={options["patch_size"]},
+                        num_heads={vit.num_heads})
+vit.load_state_dict(torch.load("{args.export}", weights_only=True))""")

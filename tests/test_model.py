@@ -3,28 +3,42 @@
     pytest tests/test_model.py
 """
 import argparse
+import json
+import math
 import os
 import re
+import runpy
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import gelu, interpolate
+from torch.nn.functional import cosine_similarity, gelu, interpolate, layer_norm
 from torch.testing import assert_close
 
-from model import (ARCHS, Block, PatchEmbed, VisionTransformer, ema_update, load_backbone,
-                   open_backbone, pool_tokens)
+from model import (ARCHS, Block, Decoder, PatchEmbed, PrototypeHead, VisionTransformer, ema_update,
+                   export_backbone, load_backbone, mlp_head, open_backbone, patchify, pool_tokens,
+                   sincos_positions)
 
+MODEL = Path(__file__).resolve().parent.parent / "model.py"
 D, N = 32, 16  # width, and patches of a 16 x 16 image
 stems = pytest.mark.parametrize("conv_stem", [False, True], ids=["plain", "conv_stem"])
 
 
-def small(seed=0, image_size=16, **options):
-    """A 2-block ViT with 4 x 4 pixel patches, every parameter drawn anew, none 0 or 1."""
-    vit = VisionTransformer(image_size, patch_size=4, embed_dim=D, depth=2, num_heads=4, **options)
+def drawn(network, seed=0, std=0.3):
+    """The network with every parameter drawn anew, none 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in vit.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    return vit
+    for parameter in network.parameters():
+        parameter.data.normal_(0, std, generator=generator)
+    return network
+
+
+def small(seed=0, image_size=16, **options):
+    """A 2-block ViT with 4 x 4 pixel patches, every parameter drawn anew."""
+    return drawn(VisionTransformer(image_size, patch_size=4, embed_dim=D, depth=2, num_heads=4,
+                                   **options), seed)
 
 
 def noise(*shape, seed=0):
@@ -71,6 +85,15 @@ def test_block_is_the_pre_norm_encoder_layer_of_torch():
     assert_close(block(x), oracle(x))
 
 
+def test_patches_are_cut_row_by_row():
+    images = noise(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    for n in range(6):  # 2 rows of 3
+        top, left = 4 * (n // 3), 4 * (n % 3)
+        assert patches[:, n].equal(images[:, :, top:top + 4, left:left + 4])
+    assert patches.shape == (2, 6, 3, 4, 4)
+
+
 def test_plain_patches_are_timms_convolution():
     vit = small()
     tokens = vit.patch_embed.proj(IMAGES).flatten(2).mT
@@ -84,6 +107,14 @@ def test_vit_is_cls_and_patches_plus_positions_through_blocks_and_norm():
     variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
     normal = (x - mean) / (variance + 1e-6).sqrt()
     assert_close(vit(IMAGES), normal * vit.norm.weight + vit.norm.bias)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_without_norm_the_tokens_are_those_before_the_last_norm(drop):
+    vit = small()
+    x = vit.blocks[1](vit.blocks[0](vit.embed(IMAGES, MASK, drop)))
+    assert vit(IMAGES, MASK, drop, norm=False).equal(x)
+    assert vit(IMAGES, MASK, drop).equal(vit.norm(x))
 
 
 def test_last_blocks_are_the_tokens_on_the_way_through_the_norm():
@@ -267,6 +298,100 @@ def test_a_size_that_the_patch_does_not_divide_is_refused_with_a_way_out():
             VisionTransformer(shape, 4, embed_dim=D, num_heads=4)
 
 
+@pytest.mark.parametrize("grid", [(2, 3), (4, 1), (3, 3)])
+def test_fixed_positions_are_sine_and_cosine_of_column_and_row_and_0_for_cls(grid):
+    table = sincos_positions(grid, 16)
+    assert table.shape == (1, 1 + grid[0] * grid[1], 16) and table[0, 0].eq(0).all()
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            for n, frequency in enumerate([1, 0.1, 0.01, 0.001]):  # 10,000 ** (-n / 4)
+                angles = [column * frequency, row * frequency]
+                wanted = [f(x) for x in angles for f in (math.sin, math.cos)]
+                assert_close(table[0, 1 + row * grid[1] + column, n::4], torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("width", [2, 30, 33])
+def test_fixed_positions_refuse_a_width_that_4_does_not_divide(width):
+    with pytest.raises(ValueError, match=f"width {width} must be a multiple of 4"):
+        sincos_positions((2, 3), width)
+
+
+def test_fixed_positions_are_all_that_is_not_trained():
+    vit = VisionTransformer((8, 12), 4, D, 1, 4, fixed_pos=True)
+    assert vit.pos_embed.equal(sincos_positions((2, 3), D))
+    assert [name for name, x in vit.named_parameters() if not x.requires_grad] == ["pos_embed"]
+    assert all(x.requires_grad for x in VisionTransformer(8, 4, D, 1, 4).parameters())
+
+
+# ---------- what stands on a backbone ----------
+
+def test_mlp_head_is_linear_norm_activation_linear():
+    head, x = drawn(mlp_head(D, 24, 8)), noise(2, 3, D)
+    first, norm, _, last = head
+    hidden = layer_norm(x @ first.weight.mT + first.bias, [24], norm.weight, norm.bias)
+    assert_close(head(x), gelu(hidden) @ last.weight.mT + last.bias)
+
+
+NORM, RELU = torch.nn.BatchNorm1d, torch.nn.ReLU
+
+
+@pytest.mark.parametrize("options, layers", [
+    ({}, "Linear LayerNorm GELU Linear"), (dict(layers=1), "Linear"),
+    (dict(layers=3), "Linear LayerNorm GELU Linear LayerNorm GELU Linear"),
+    (dict(norm=None), "Linear GELU Linear"), (dict(last=NORM, layers=1), "Linear BatchNorm1d"),
+    (dict(norm=NORM, activation=RELU, last=torch.nn.LayerNorm, bias=False),
+     "Linear BatchNorm1d ReLU Linear LayerNorm")])
+def test_mlp_head_has_the_layers_asked_for(options, layers):
+    head = mlp_head(5, 7, 3, **options)
+    linear = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
+    widths = [5] + [7] * (len(linear) - 1) + [3]
+    assert " ".join(type(layer).__name__ for layer in head) == layers
+    assert [(x.in_features, x.out_features) for x in linear] == [*zip(widths, widths[1:])]
+    assert {layer.bias is not None for layer in linear} == {options.get("bias", True)}
+    assert head(noise(4, 5)).shape == (4, 3)
+
+
+def test_prototype_logits_are_cosines_of_prototypes_and_an_mlp():
+    head, x = drawn(PrototypeHead(D, 24, 8, 5)), noise(2, 3, D)
+    a, b, c = (layer for layer in head.mlp if isinstance(layer, torch.nn.Linear))
+    z = gelu(gelu(x @ a.weight.mT + a.bias) @ b.weight.mT + b.bias) @ c.weight.mT + c.bias
+    assert_close(head(x), cosine_similarity(z.unsqueeze(-2), head.prototypes, dim=-1))
+    assert_close(head.embed(x), z / z.norm(dim=-1, keepdim=True))
+    assert head(x).shape == (2, 3, 5) and head(x[0, 0]).shape == (5,)
+
+
+def test_the_length_of_a_prototype_does_not_matter():
+    head, x = drawn(PrototypeHead(D, 24, 8, 5)), noise(6, D)
+    before = head(x)
+    head.prototypes.data *= torch.tensor([[0.1], [1], [3], [10], [100]])
+    assert_close(head(x), before)
+
+
+def test_the_mean_of_prototype_logits_is_the_logit_of_the_mean():
+    head, x = drawn(PrototypeHead(D, 24, 8, 5)), noise(6, D)
+    assert_close(head.logits(head.embed(x).mean(0)), head(x).mean(0))
+
+
+def test_decoder_reads_visible_tokens_in_order_and_mask_tokens_at_hidden_places():
+    decoder, tokens = drawn(Decoder((4, 4), D, 6, width=64, depth=2)), noise(2, 1 + 10, D)
+    for b in range(2):
+        embedded = iter(tokens[b] @ decoder.embed.weight.mT + decoder.embed.bias)
+        x = [next(embedded)]  # CLS
+        x += [decoder.mask_token if hidden else next(embedded) for hidden in MASK[b]]
+        x = torch.stack(x) + sincos_positions((4, 4), 64)
+        x = decoder.norm(decoder.blocks[1](decoder.blocks[0](x)))[0]
+        expected = x @ decoder.pred.weight.mT + decoder.pred.bias
+        assert_close(decoder(tokens, MASK)[b], expected)  # (1 + N, 6)
+
+
+@pytest.mark.parametrize("width, heads", [(16, 1), (32, 1), (96, 3), (128, 4)])
+def test_decoder_heads_are_32_wide_and_its_positions_are_in_no_file(width, heads):
+    decoder = Decoder((2, 3), D, 6, width=width, depth=2)
+    assert [block.attn.num_heads for block in decoder.blocks] == [heads, heads]
+    assert decoder.pos_embed.equal(sincos_positions((2, 3), width))
+    assert "pos_embed" not in decoder.state_dict()
+
+
 # ---------- names and numbers ----------
 
 def test_parameter_names_are_timms_and_mask_token():
@@ -279,12 +404,17 @@ def test_parameter_names_are_timms_and_mask_token():
     assert set(tiny.state_dict()) == {*outer.split(), *blocks, "mask_token"}
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Networks keep the memory they get: drawing 20 million random numbers takes a second."""
+    for init in ("xavier_uniform_", "trunc_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, init, lambda tensor, *args, **kwargs: tensor)
+
+
 @pytest.mark.parametrize("arch, width, heads, expected", [
     ("vit_tiny", 192, 3, 5_524_416), ("vit_small", 384, 6, 21_665_664),
-    ("vit_base", 768, 12, 85_798_656)])
-def test_parameter_count_is_timms_and_one_mask_token(arch, width, heads, expected, monkeypatch):
-    for init in ("xavier_uniform_", "trunc_normal_", "kaiming_uniform_"):  # saves a second
-        monkeypatch.setattr(torch.nn.init, init, lambda tensor, *args, **kwargs: tensor)
+    ("vit_small_12heads", 384, 12, 21_665_664), ("vit_base", 768, 12, 85_798_656)])
+def test_parameter_count_is_timms_and_one_mask_token(arch, width, heads, expected, undrawn):
     vit = ARCHS[arch](image_size=224, patch_size=16)
     patch, block = 3 * 16 * 16 * width + width, 12 * width**2 + 13 * width
     assert expected == patch + (1 + 197) * width + 12 * block + 2 * width
@@ -406,6 +536,24 @@ def pieces():
     return wanted, other, {"head.weight": noise(10, D), "head.bias": noise(10)}
 
 
+def hugging_face(weights):
+    """A 2-block backbone as transformers' ViTModel names it, query, key and value apart."""
+    renamed = {"embeddings.cls_token": weights["cls_token"],
+               "embeddings.position_embeddings": weights["pos_embed"]}
+    theirs = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    for n in range(2):
+        ours, layer = f"blocks.{n}.", f"encoder.layer.{n}."
+        theirs |= {ours + "norm1": layer + "layernorm_before", ours + "mlp.fc2":
+                   layer + "output.dense", ours + "mlp.fc1": layer + "intermediate.dense",
+                   ours + "norm2": layer + "layernorm_after",
+                   ours + "attn.proj": layer + "attention.output.dense"}
+        for part in ("weight", "bias"):
+            names = (f"{layer}attention.attention.{x}.{part}" for x in ("query", "key", "value"))
+            renamed |= zip(names, weights[f"{ours}attn.qkv.{part}"].clone().split(D))
+    return renamed | {f"{theirs[name]}.{part}": weights[f"{name}.{part}"]
+                      for name in theirs for part in ("weight", "bias")}
+
+
 def layouts():
     """The files of the wild, as they are: name -> (content, does it hold our mask token)."""
     wanted, other, head = pieces()
@@ -428,9 +576,15 @@ def layouts():
     moco = (prefixed("module.momentum_encoder.", timm_other | moco_head)
             | prefixed("module.base_encoder.", timm | moco_head)
             | {"module.predictor.0.weight": noise(8, 8)})
+    vit = prefixed("vit.", hugging_face(wanted))
+    their_decoder = prefixed("decoder.", decoder) | {
+        "decoder.decoder_layers.0.attention.attention.query.weight": noise(512, 512)}
     return {
         "ours": ({"step": 7, "args": {"arch": "vit_micro"}, "student": prefixed("backbone.", other),
                   "teacher": prefixed("backbone.", wanted) | prefixed("head.", head)}, True),
+        "ours, no teacher": ({"frozen": prefixed("backbone.", other), "args": {"arch": "vit_micro"},
+                              "student": prefixed("backbone.", wanted) | prefixed("head.", head),
+                              "optimizer": {"state": {0: {"exp_avg": noise(3)}}}}, True),
         "bare": (wanted, True),
         "compiled": (prefixed("_orig_mod.", wanted), True),
         "compiled and distributed": (prefixed("module._orig_mod.backbone.", wanted), True),
@@ -445,6 +599,11 @@ def layouts():
                              | prefixed("teacher.backbone.", wanted), True),
         "moco v3": ({"epoch": 300, "arch": "vit_small", "state_dict": moco}, False),
         "moco v3, other order": ({"state_dict": dict(reversed(moco.items()))}, False),
+        "hugging face": (hugging_face(wanted) | {"pooler.dense.weight": noise(D, D)}, False),
+        "hugging face classifier": (vit | prefixed("classifier.", {"weight": noise(10, D)}), False),
+        "hugging face mae": (vit | their_decoder, False),
+        "hugging face masked": (vit | {"vit.embeddings.mask_token": wanted["mask_token"],
+                                       "decoder.0.weight": noise(48, D, 1, 1)}, True),
     }
 
 
@@ -462,10 +621,33 @@ def test_the_backbone_is_found_in_every_layout(layout, tmp_path):
         if name != "mask_token":
             assert x.equal(wanted[name]), name
     assert vit.mask_token.equal(wanted["mask_token"] if has_mask_token else own_mask_token)
+    assert vit(IMAGES).equal(small(1)(IMAGES))
 
 
 def without(weights, name):
     return {other: x for other, x in weights.items() if other != name}
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_a_missing_query_key_or_value_is_listed(part, tmp_path):
+    weights = hugging_face(pieces()[0])
+    del weights[f"encoder.layer.1.attention.attention.{part}.bias"]
+    with pytest.raises(ValueError, match="missing blocks.1.attn.qkv.bias; unexpected"):
+        load_backbone(small(3), written(tmp_path, weights))
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts() if "face" in name] + ["timm"])
+def test_safetensors_hold_the_same_as_pickles(layout, tmp_path):
+    safetensors, path = pytest.importorskip("safetensors.torch"), tmp_path / "model.safetensors"
+    safetensors.save_file(layouts()[layout][0], path)
+    assert load_backbone(small(3), path)(IMAGES).equal(small(1)(IMAGES))
+
+
+def test_safetensors_without_the_package_asks_for_it(tmp_path, monkeypatch):
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(ValueError, match="model.safetensors: .* pip install safetensors"):
+        load_backbone(small(), tmp_path / "model.safetensors")
 
 
 MISFITS = {
@@ -505,6 +687,17 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(content, tmp_path):
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="weights.pt .*checkpoint of plain tensors"):
+        load_backbone(small(), path)
+
+
+@pytest.mark.parametrize("content", JUNK.values(), ids=JUNK)
+def test_broken_safetensors_are_refused_by_name(content, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="no such file: .*model.safetensors"):
+        load_backbone(small(), path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is no checkpoint of plain tensors"):
         load_backbone(small(), path)
 
 
@@ -562,6 +755,76 @@ def test_a_class_of_the_users_own_is_refused_even_if_harmless(tmp_path):
         load_backbone(small(), written(tmp_path, content))
 
 
+# ---------- heads, which no shape tells ----------
+
+def one_block(width, heads):
+    return VisionTransformer(16, 8, width, depth=1, num_heads=heads)
+
+
+def zeros(vit):
+    """Its weights without the mask token, all 0: one number a tensor, in memory and in a file."""
+    return {name: torch.zeros(()).expand(x.shape)
+            for name, x in vit.state_dict().items() if name != "mask_token"}
+
+
+@cache
+def trained():
+    """File -> (content, width, heads that it was trained with, heads to refuse)."""
+    tiny, weights, base = (zeros(one_block(width, 1)) for width in (192, 384, 768))
+    dino = {"student": prefixed("module.backbone.", weights), "epoch": 100,
+            "teacher": prefixed("backbone.", weights), "args": argparse.Namespace(arch="vit_small")}
+    moco = {"arch": "vit_small", "state_dict": prefixed("module.base_encoder.", weights)}
+    ours = {"args": {"arch": "vit_small_12heads"}, "teacher": prefixed("backbone.", weights)}
+    return {"dino": (dino, 384, 6, 12), "moco v3": (moco, 384, 12, 6), "ours": (ours, 384, 12, 6),
+            "deit tiny": ({"model": tiny}, 192, 3, 6), "mae base": ({"model": base}, 768, 12, 16)}
+
+
+@pytest.mark.parametrize("file", trained())
+def test_another_number_of_heads_than_the_files_is_refused_and_changes_nothing(file, tmp_path):
+    content, width, right, wrong = trained()[file]
+    path, vit = written(tmp_path, content), one_block(width, wrong)
+    before = {name: x.clone() for name, x in vit.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{right} attention heads, not {wrong}: .* with {right}"):
+        load_backbone(vit, path)
+    assert all(x.equal(before[name]) for name, x in vit.state_dict().items())
+    assert load_backbone(one_block(width, right), path).norm.weight.eq(0).all()
+
+
+def test_num_heads_overrides_what_the_file_seems_to_have(tmp_path):
+    path = written(tmp_path, trained()["dino"][0])
+    assert load_backbone(one_block(384, 8), path, num_heads=8).norm.weight.eq(0).all()
+    with pytest.raises(ValueError, match="8 attention heads, not 6"):
+        load_backbone(one_block(384, 6), path, num_heads=8)
+
+
+@pytest.mark.parametrize("file, config, heads", [
+    ("dino", dict(hidden_size=384, num_attention_heads=8), 8),
+    ("moco v3", dict(hidden_size=384, num_attention_heads=8), 8),
+    ("ours", dict(hidden_size=384, num_attention_heads=8), 12),  # which says it itself
+    ("dino", dict(hidden_size=192, num_attention_heads=8), 6),  # of another network
+    ("dino", dict(hidden_size=384), 6), ("dino", dict(num_attention_heads=8), 6), ("dino", [8], 6)])
+def test_a_config_of_the_same_width_beside_the_file_decides(file, config, heads, tmp_path):
+    path, wrong = written(tmp_path, trained()[file][0]), 6 if heads == 8 else 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_backbone(one_block(384, heads), path).norm.weight.eq(0).all()
+    with pytest.raises(ValueError, match=f"{heads} attention heads, not {wrong}"):
+        load_backbone(one_block(384, wrong), path)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_heads_of_a_width_that_is_not_published_are_not_checked(heads, tmp_path):
+    vit = VisionTransformer(16, 4, D, depth=2, num_heads=heads)
+    assert load_backbone(vit, written(tmp_path, pieces()[0])).norm.bias.equal(small(1).norm.bias)
+
+
+def test_moco_v3s_small_opens_as_the_one_with_12_heads_alone(undrawn, tmp_path):
+    weights = zeros(ARCHS["vit_small"](image_size=16, patch_size=8))
+    path = written(tmp_path, {"state_dict": prefixed("module.base_encoder.", weights)})
+    with pytest.raises(ValueError, match="12 attention heads, not 6: .*vit_small_12heads"):
+        open_backbone(path, "vit_small")
+    assert open_backbone(path, "vit_small_12heads")[0].num_heads == 12
+
+
 # ---------- a network for a file ----------
 
 MICRO = dict(arch="vit_micro", image_size=16, patch_size=4)
@@ -615,3 +878,82 @@ def test_another_file_without_what_tells_its_sizes_is_refused_by_name(name, tmp_
     path = written(tmp_path, without(weights, name))
     with pytest.raises(ValueError, match=name):
         open_backbone(path, "vit_tiny")
+
+
+# ---------- timm, there and back ----------
+
+TINY = dict(image_size=32, patch_size=8)
+OUTER = {"cls_token": (1, 1, 192), "pos_embed": (1, 17, 192), "patch_embed.proj.bias": (192,),
+         "patch_embed.proj.weight": (192, 3, 8, 8), "norm.weight": (192,), "norm.bias": (192,)}
+INNER = {"norm1.weight": (192,), "norm1.bias": (192,), "attn.qkv.weight": (576, 192),
+         "attn.qkv.bias": (576,), "attn.proj.weight": (192, 192), "attn.proj.bias": (192,),
+         "norm2.weight": (192,), "norm2.bias": (192,), "mlp.fc1.weight": (768, 192),
+         "mlp.fc1.bias": (768,), "mlp.fc2.weight": (192, 768), "mlp.fc2.bias": (192,)}
+
+
+def timm_tiny(num_classes):
+    create = pytest.importorskip("timm").create_model
+    return create("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=num_classes).eval()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_timm_saves_gives_timms_features(suffix, undrawn, tmp_path):
+    theirs, path = drawn(timm_tiny(num_classes=10), std=0.1), tmp_path / f"timm.{suffix}"
+    if suffix == "pt":
+        torch.save(theirs.state_dict(), path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), path)
+    ours, images = load_backbone(ARCHS["vit_tiny"](**TINY), path).eval(), noise(2, 3, 32, 32)
+    assert_close(ours(images), theirs.forward_features(images), atol=1e-5, rtol=0)
+
+
+def test_an_export_has_timms_names_and_shapes(undrawn, tmp_path):
+    export_backbone(ARCHS["vit_tiny"](**TINY), tmp_path / "tiny.pt")
+    weights = torch.load(tmp_path / "tiny.pt", weights_only=True)
+    inner = {f"blocks.{n}.{name}": shape for n in range(12) for name, shape in INNER.items()}
+    assert {name: tuple(x.shape) for name, x in weights.items()} == OUTER | inner
+
+
+def test_timm_loads_an_export_strictly_and_gives_the_same_features(undrawn, tmp_path):
+    theirs, ours = timm_tiny(num_classes=0), drawn(ARCHS["vit_tiny"](**TINY), std=0.1)
+    export_backbone(ours, tmp_path / "tiny.pt")
+    theirs.load_state_dict(torch.load(tmp_path / "tiny.pt", weights_only=True))
+    images = noise(2, 3, 32, 32)
+    assert_close(theirs.forward_features(images), ours(images), atol=1e-5, rtol=0)
+    assert_close(theirs(images), ours(images)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_an_export_is_read_again(tmp_path):
+    export_backbone(small(1), tmp_path / "small.pt")
+    assert load_backbone(small(3), tmp_path / "small.pt")(IMAGES).equal(small(1)(IMAGES))
+
+
+def test_a_conv_stem_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="conv stem .*export vit_tiny, vit_small or vit_base"):
+        export_backbone(small(conv_stem=True), tmp_path / "stem.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_or_says_in_one_line_why_not(undrawn, tmp_path):
+    weights = zeros(ARCHS["vit_tiny"](**TINY))
+    path = written(tmp_path, {"args": TINY | {"arch": "vit_tiny"}, "student": weights})
+    words = sys.executable, MODEL, "--export", tmp_path / "out.pt", "--checkpoint"
+    good, bad = (subprocess.run([*words, file], capture_output=True, text=True)
+                 for file in (path, __file__))
+    assert good.returncode == 0 and 'timm.create_model("vit_tiny_patch16_224"' in good.stdout
+    assert torch.load(tmp_path / "out.pt", weights_only=True).keys() == weights.keys()
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert re.fullmatch("model.py: error: .*test_model.py is no checkpoint.*\n", bad.stderr)
+
+
+@pytest.mark.parametrize("arch, heads", [("vit_tiny", 3), ("vit_small_12heads", 12)])
+def test_the_recipe_that_the_command_prints_works(arch, heads, undrawn, tmp_path, monkeypatch,
+                                                  capsys):
+    scope = {"timm": pytest.importorskip("timm"), "torch": torch}
+    content = {"args": TINY | {"arch": arch}, "student": zeros(ARCHS[arch](**TINY))}
+    words = "--checkpoint", str(written(tmp_path, content)), "--export", str(tmp_path / "out.pt")
+    monkeypatch.setattr(sys, "argv", ["model.py", *words])
+    runpy.run_path(str(MODEL), run_name="__main__")
+    exec(capsys.readouterr().out.split("in timm:\n")[1], scope)
+    assert {block.attn.num_heads for block in scope["vit"].blocks} == {heads}
+    assert scope["vit"](noise(1, 3, 32, 32)).eq(0).all()  # all weights 0
