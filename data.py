@@ -418,8 +418,9 @@ def blur(x, sigma):
     return matrix.unsqueeze(1) @ x @ matrix.mT.unsqueeze(1)
 
 
-def colour(x, draw, jitter=0.4, hue=0.1, blur_probability=0.5, solarize_probability=0.0):
-    """Jitter (p .8), grey (p .2), blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
+def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=0.5,
+           solarize_probability=0.0):
+    """Jitter (p .8), grey, blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
 
     Brightness, contrast and saturation vary by a factor in 1 ± jitter (saturation half as much, as
     in BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
@@ -433,7 +434,7 @@ def colour(x, draw, jitter=0.4, hue=0.1, blur_probability=0.5, solarize_probabil
     y = (shade + (y - shade) * (1 + (factor[:, 2] - 1) / 2)).clamp(0, 1)
     y = shift_hue(y, hue * (2 * draw[:, 4, 0] - 1)) if hue else y
     x = torch.where(draw[:, 0] < 0.8, y, x)
-    x = torch.where(draw[:, 5] < 0.2, grey(x), x)
+    x = torch.where(draw[:, 5] < grey_probability, grey(x), x)
     if blur_probability:
         sigma = 0.1 + (min(2.0, x.shape[-1] / 32) - 0.1) * draw[:, 7].flatten()
         x = torch.where(draw[:, 6] < blur_probability, blur(x, sigma), x)
@@ -470,10 +471,13 @@ def train_batches(data, steps, views, seed, device, workers=0, **colours):
     """Batches of views: for each (epoch, index (B,)) of `steps`, (index, weak, strong).
 
     Both are lists, one normalised (B, 3, S, S) for each (side, scale of area) of `views`: `weak` is
-    cropped and flipped, `strong` the same crop with new colours, where any of `colours` is given.
+    cropped and flipped, `strong` the same crop with new colours, where any of `colours` is given: a
+    number, or a list of one a view.
     """
     def finish(crops, epoch, index):
-        strong = [colour(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view), **colours)
+        strong = [colour(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
+                         **{name: value[view] if isinstance(value, list) else value
+                            for name, value in colours.items()})
                   for view, x in enumerate(crops)] if colours else crops
         return index, [normalize(x) for x in crops], [normalize(x) for x in strong]
 
