@@ -6,6 +6,7 @@
 Left out so far: comparing several runs.
 """
 import argparse
+import itertools
 import json
 import os
 
@@ -17,7 +18,11 @@ from eval_knn import Parser
 from losses import pairwise_distance
 from masking import MASKS
 from model import pool_tokens
-from objectives import build_network
+from objectives import OBJECTIVES, System
+
+
+PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
+WHOLE = ["rkd", "ibot"]  # drawn by their parts
 
 
 def new_figure(mosaic, size):
@@ -46,7 +51,9 @@ def curves(folder):
         if evaluated and name in evaluated[0]:
             axes["a"].axhline(evaluated[0][name], ls=style, color="0.4", label=label)
     axes["a"].set_title("k-NN accuracy, %")
-    for name, style in dict(distance="-", angle="--", pull=":").items():
+    losses = [name for name in trained[-1] if name in {*OBJECTIVES, *PARTS}] if trained else []
+    for name, style in zip([name for name in losses if len(losses) == 1 or name not in WHOLE],
+                           itertools.cycle(["-", "--", ":", "-."])):
         line("b", name, trained, style, label=name)
     axes["b"].set(title="losses", yscale="log")
     line("c", "effective_rank", trained, label="of a batch")
@@ -61,12 +68,16 @@ def curves(folder):
 
 @torch.no_grad()
 def masks(folder, sets=None, shown=6, each=8):
-    """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices."""
+    """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices.
+
+    Without a teacher, the student's own view of whole images stands in its place.
+    """
     state = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
     args, device = argparse.Namespace(**state["args"]), torch.device("cpu")
-    student, teacher = build_network(args).eval(), build_network(args).eval()
-    student.load_state_dict(state["student"])
-    teacher.load_state_dict(state["teacher"], strict=False)  # the predictor is the student's alone
+    system = System(args).eval()
+    system.load(state)
+    student, teacher = system.student, system.teacher or system.student
+    other = "teacher" if system.teacher else "whole"
     train, test = sets or load_data(args.data, args.data_path, args.image_size)
 
     def hide(count, key):
@@ -87,19 +98,21 @@ def masks(folder, sets=None, shown=6, each=8):
     figure, axes = new_figure("aabc", (12, 3.2))
     rows = [torch.cat([*F.pad(row, (1, 1, 1, 1), value=1)], 2) for row in (whole, part)]
     axes["a"].imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy())
-    axes["a"].set_title("teacher: a whole view (above); student: part of another", fontsize=10)
+    axes["a"].set_title("teacher: a whole view (above); student: part of another" if system.teacher
+                        else "a whole view (above); what the student sees of another", fontsize=10)
 
     data = test or train
     chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each]
                         for label in data.labels.unique()[:10]])
     images = torch.cat([x for x, _ in eval_batches(data, chosen, args.image_size, device)])
-    points = {"teacher": teacher.backbone(images),
+    points = {other: teacher.backbone(images),
               "student": student.backbone(images, hide(len(images), 1), drop=args.hide == "drop")}
     for place, (name, tokens) in zip("bc", points.items()):
         distances = pairwise_distance(pool_tokens(tokens, args.pool))
         low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
         axes[place].imshow(distances.numpy(), cmap="gray", vmin=low, vmax=high)
-        axes[place].set_title(f"{name}'s distances,\n{len(chosen)} images by class", fontsize=10)
+        title = "student's distances, whole" if name == "whole" else f"{name}'s distances"
+        axes[place].set_title(f"{title},\n{len(chosen)} images by class", fontsize=10)
     for place in axes.values():
         place.axis("off")
     figure.savefig(os.path.join(folder, "masks.png"), dpi=100)

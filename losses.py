@@ -372,8 +372,8 @@ def panel(student, teacher):
 
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
     points, times sqrt(D): 1 if isotropic, 0 for one point. alignment: mean |s - t|² of two views of
-    an image (none if `student` is None). uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform
-    (both: Wang & Isola 2020, arXiv 2005.10242).
+    an image (none if `student` is None). uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point,
+    lower is more uniform (both: Wang & Isola 2020, arXiv 2005.10242).
     """
     t = F.normalize(teacher)
     seen = {} if student is None else dict(

@@ -1,44 +1,41 @@
-"""The catalogue of objectives: which network sees which view, and what is asked of it.
+"""The catalogue: ten systems and three controls as terms, each with its idea, equation and paper.
 
-`rkd`, masked relational knowledge distillation (relations: Park et al. 2019, arXiv 1904.05068):
+All run on the same loop, views, masks and evaluation, so that two runs differ by their terms alone,
+and any weighted sum of them is one objective (`--loss dino+0.5*rkd`). In every term
 
-    s_i = student(view 1 of image i, masked)          t_i = teacher(view 2 of image i, whole)
-    loss = w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t)             + views swapped
+    s_i = student(view of image i, perhaps masked)     t_i = teacher(view of image i, whole)
 
-Relations are those among students and among teachers of the *other* view, never from a student
-to a teacher. They are blind to any rigid motion, so nothing in them ties the two views of one image
-together; the small `pull` does. Terms come back with their weights; train.py adds and logs them.
+A term is one short function of what both networks see (`Seen`): it returns its loss, and more to
+log. What stands on the backbone for it is in `parts`: heads, which student and teacher have, and
+predictors, which the student has alone. `OBJECTIVES` lists the terms with what each needs.
 
-Letters: B images of this process (world·B after `gather`), N patches, V views, D width.
+    relations           rkd (this project's subject); cka, ressl, feature (its controls)
+    contrast            simclr, moco
+    self-distillation   byol, dino, ibot
+    masked prediction   ibot, beit, mae, simmim, dbot
+
+Letters: B images of this process (world·B after `gather`), N patches, V views, G global views among
+them, D width, K prototypes or tokens. Masks: masking.py. Formulas: losses.py.
 """
+import copy
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from losses import pull_loss, rkd_angle_loss, rkd_distance_loss
-from model import ARCHS, mlp_head, pool_tokens
+from data import fold
+from losses import (average, byol_loss, cka_loss, cosines, dino_loss, feature_loss, info_nce_loss,
+                    masked_patch_loss, masked_token_loss, move_center, nt_xent_loss, pixel_loss,
+                    pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss, standardize)
+from model import ARCHS, Decoder, PrototypeHead, mlp_head, open_backbone, patchify, pool_tokens
 
 
-class Network(nn.Module):
-    """Backbone, pooled feature, what makes it a point: nothing, a head, a head and a predictor."""
-
-    def __init__(self, backbone, pool="mean", head=0, predictor=False):
-        super().__init__()
-        width = backbone.embed_dim * (2 if pool == "cls+mean" else 1)
-        self.backbone, self.pool = backbone, pool
-        out = head or width
-        self.head = mlp_head(width, 4 * width, out) if head else nn.Identity()
-        self.predictor = mlp_head(out, 4 * width, out) if predictor else nn.Identity()
-
-    def forward(self, views, mask=None, drop=False):
-        """Two global views, then local ones -> points (V·B, D) and global patches (2B, N, D)."""
-        tokens = self.backbone(torch.cat(views[:2]), mask, drop)
-        features = pool_tokens(tokens, self.pool)
-        if len(views) > 2:
-            local = self.backbone(torch.cat(views[2:]))
-            features = torch.cat([features, pool_tokens(local, self.pool)])
-        return self.predictor(self.head(features)), tokens[:, 1:]
-
+# ---- over processes ----------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """Rows of all processes, in order, with gradient.
@@ -61,16 +58,169 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, D) of this process -> (world·B, D) of all; the same x where there is one process."""
+    """(B, ..) of this process -> (world·B, ..) of all; the same x where there is one process."""
     return Gather.apply(x) if dist.is_initialized() else x
 
 
-def build_network(args):
-    """The student as the options describe it; the same in every process, for every objective."""
-    torch.manual_seed(args.seed)
-    vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
-                           drop_path=args.drop_path)
-    return Network(vit, args.pool, args.head, args.predictor)
+class BatchNorm(nn.Module):
+    """Batch normalisation of (.., D) by the rows of all processes, on any device, always.
+
+    torch's SyncBatchNorm runs on GPUs only, and plain BatchNorm would make two processes another
+    run than one. Heads are never evaluated, so there are no running statistics.
+    """
+
+    def __init__(self, dim, affine=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x):
+        def mean(x):  # over the rows of all processes, which may have unequal numbers of them
+            rows = x.flatten(0, -2)
+            sums = torch.cat([rows.sum(0), rows.new_full((1,), len(rows))])
+            sums = gather(sums.unsqueeze(0)).sum(0)
+            return sums[:-1] / sums[-1].clamp_min(1)
+
+        x = x.float()
+        x = x - mean(x)
+        x = x * (mean(x.square()) + 1e-5).rsqrt()
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+# ---- what both networks see --------------------------------------------------------------------
+
+class Network(nn.Module):
+    """A backbone, and what the terms put on it, by their names."""
+
+    def __init__(self, backbone, heads=(), predictors=()):
+        super().__init__()
+        self.backbone = backbone
+        self.heads, self.predictors = nn.ModuleDict(heads), nn.ModuleDict(predictors)
+
+    def rest_prototypes(self):
+        """Take the gradients of the last layers away (DINO: for the first epoch)."""
+        for head in self.heads.values():
+            if isinstance(head, PrototypeHead):
+                head.prototypes.grad = None
+
+
+class Seen:
+    """One batch as both networks see it; each thing is computed when a term first asks for it.
+
+    Lists hold one tensor a view, global views first. `progress` is the share of the run behind us.
+    """
+
+    def __init__(self, system, strong, weak, mask, progress):
+        self.args, self.student, self.teacher = system.args, system.student, system.teacher
+        self.state, self.tokenizer = system.state, system.tokenizer
+        self.strong, self.mask, self.progress, G = strong, mask, progress, system.args.global_crops
+        self.globals = torch.cat(strong[:G])  # (G·B, 3, S, S)
+        self.whole = torch.cat(weak[:G]) if self.args.weak_teacher else self.globals
+
+    @cached_property
+    def tokens(self):
+        """The student's, of the global views under the mask: (G·B, 1 + N, D), V for N if dropped"""
+        return self.student.backbone(self.globals, self.mask, self.args.hide == "drop")
+
+    @cached_property
+    def features(self):
+        """The student's feature of each view, (B, D)."""
+        G = self.args.global_crops
+        features = [*pool_tokens(self.tokens, self.args.pool).chunk(G)]
+        if len(self.strong) > G:
+            local = self.student.backbone(torch.cat(self.strong[G:]))
+            features += pool_tokens(local, self.args.pool).chunk(len(self.strong) - G)
+        return features
+
+    @cached_property
+    @torch.no_grad()
+    def unnormed(self):
+        """The teacher's tokens of the whole global views, before the last norm: (G·B, 1 + N, D)."""
+        return self.teacher.backbone(self.whole, norm=False)
+
+    @cached_property
+    @torch.no_grad()
+    def teacher_tokens(self):
+        return self.teacher.backbone.norm(self.unnormed)
+
+    @cached_property
+    def teacher_features(self):
+        return pool_tokens(self.teacher_tokens, self.args.pool).chunk(self.args.global_crops)
+
+    def student_points(self, term):
+        """What a term compares on the student's side: its head and predictor on each feature."""
+        head, predictor = (parts[term] if term in parts else nn.Identity()
+                           for parts in (self.student.heads, self.student.predictors))
+        return [predictor(head(x)) for x in self.features]  # BatchNorm: each view by itself
+
+    @torch.no_grad()
+    def teacher_points(self, term):
+        heads = self.teacher.heads
+        return [heads[term](x) if term in heads else x for x in self.teacher_features]
+
+    @cached_property
+    def temperature(self):
+        """The teacher's: from its start to its end in a line over `teacher_warmup` of the run."""
+        start, end = self.args.teacher_temperature
+        return start + (end - start) * min(1, self.progress / max(1e-9, self.args.teacher_warmup))
+
+    def center(self, name, batch_mean):
+        """The centre as it was before this batch, whose mean over all processes then moves it."""
+        center, everywhere = self.state[name], gather(batch_mean.float().unsqueeze(0)).mean(0)
+        self.state[name] = move_center(center, everywhere)
+        return center
+
+    def points(self):
+        """For `panel`: points (B, D) of all processes of the student (None where there is but one
+        view) and, of the other view, of the network that is kept."""
+        theirs = self.teacher_features if self.args.teacher == "ema" else self.features
+        if self.args.global_crops == 1:
+            return None, gather(theirs[0].detach().float())
+        return gather(self.features[0].detach().float()), gather(theirs[1].detach().float())
+
+
+def everywhere(views):
+    """Each view's points (B, D) of all processes, in float32."""
+    return [gather(x.float()) for x in views]
+
+
+def other_views(student, teacher):
+    """All (student's view, teacher's view) but those of one and the same view."""
+    return [(s, t) for (i, s), (j, t) in itertools.product(enumerate(student), enumerate(teacher))
+            if i != j]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ---- relations ---------------------------------------------------------------------------------
+
+def rkd(seen):
+    """Masked relational distillation (relations: Park et al. 2019, arXiv 1904.05068).
+
+    w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views, never
+    from a student to a teacher. Relations are blind to any rigid motion, so nothing in them ties
+    the two views of one image together; the small pull does.
+    """
+    args = seen.args
+    pairs = other_views(*map(everywhere, (seen.student_points("rkd"), seen.teacher_points("rkd"))))
+    each = [relations(*pair, args) for pair in pairs]
+    parts = {name: mean(losses[name] for losses in each) for name in each[0]}
+    total = weigh(parts, args)
+    if args.pull_weight:
+        parts["pull"] = mean(pull_loss(*pair) for pair in pairs)
+        total = total + args.pull_weight * parts["pull"]
+    if args.patch_weight:
+        patches = relations(*same_patches(seen), args)
+        total = total + args.patch_weight * weigh(patches, args)
+        parts |= {f"patch_{name}": loss for name, loss in patches.items()}
+
+    def collapsed(name):
+        return mean(relations(torch.zeros_like(s), t, args)[name] for s, t in pairs)
+
+    return total, parts | {f"collapsed_{name}": partial(collapsed, name) for name in each[0]}
 
 
 def relations(student, teacher, args):
@@ -83,35 +233,528 @@ def relations(student, teacher, args):
     return losses
 
 
-def rkd(student, teacher, strong, weak, mask, args):
-    """-> terms {name: (weight, value)}, and the points (student, teacher) of one pair of views."""
+def weigh(losses, args):
+    weights = dict(distance=args.distance_weight, angle=args.angle_weight)
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
+def same_patches(seen):
+    """Patches of the student and the same ones of the teacher, of the same crop: (G·B, N, D)."""
+    student, teacher = seen.tokens[:, 1:], seen.teacher_tokens[:, 1:]
+    if seen.mask is not None and seen.args.hide == "drop":
+        teacher = teacher[~seen.mask].view(*student.shape[:2], -1)
+    return student, teacher
+
+
+def cka(seen):
+    """Control: one number for all relations, 1 - CKA (Kornblith et al. 2019, arXiv 1905.00414)."""
+    return mean(cka_loss(*pair) for pair in other_views(everywhere(seen.features),
+                                                        everywhere(seen.teacher_features))), {}
+
+
+def ressl(seen):
+    """Control: relations as sharpened distributions (ReSSL: Zheng et al. 2021, arXiv 2107.09282).
+
+    mean KL(softmax of the teacher's similarities / .04 || softmax of the student's / .1).
+    """
+    temperatures = seen.args.temperature or 0.1, seen.temperature
+    pairs = other_views(*map(everywhere, (seen.features, seen.teacher_features)))
+    return mean(ressl_loss(*pair, *temperatures) for pair in pairs), {}
+
+
+def feature(seen):
+    """Control: the instances themselves. Smooth L1 of a linear map of s_i to t_i, normalised.
+
+    FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
+    """
+    pairs = other_views(seen.student_points("feature"), seen.teacher_features)
+    return mean(F.smooth_l1_loss(s.float(), F.layer_norm(t.float(), t.shape[-1:]))
+                for s, t in pairs), {}
+
+
+# ---- contrast ----------------------------------------------------------------------------------
+
+def simclr(seen):
+    """SimCLR (Chen et al. 2020, arXiv 2002.05709): find the other view among all, without teacher.
+
+    NT-Xent, 2N-way, over the images of all processes; projection head.
+    """
+    points = everywhere(seen.student_points("simclr"))
+    loss = mean(nt_xent_loss(a, b, seen.args.temperature or 0.1)
+                for a, b in itertools.combinations(points, 2))
+    return loss, {"collapsed_simclr": math.log(2 * len(points[0]) - 1)}
+
+
+def moco(seen):
+    """MoCo v3 (Chen, Xie, He 2021, arXiv 2104.02057): find the teacher's view of the same image.
+
+    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all processes;
+    q by head and predictor. The teacher moves before the keys are made: at the end of the step
+    before, which is the same network but for the schedule's place.
+    """
+    temperature = seen.args.temperature or 0.2
+    pairs = other_views(*map(everywhere, (seen.student_points("moco"),
+                                          seen.teacher_points("moco"))))
+    loss = mean(info_nce_loss(*pair, temperature) for pair in pairs)
+    scale = 2 * 2 * temperature
+    return scale * loss, {"collapsed_moco": scale * math.log(len(pairs[0][0]))}
+
+
+# ---- self-distillation -------------------------------------------------------------------------
+
+def byol(seen):
+    """BYOL (Grill et al. 2020, arXiv 2006.07733): predict the teacher's projection of another view.
+
+    |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
+    """
+    pairs = other_views(seen.student_points("byol"), seen.teacher_points("byol"))
+    return 2 * mean(byol_loss(*pair) for pair in pairs), {}
+
+
+def dino(seen, name="dino"):
+    """DINO (Caron et al. 2021, arXiv 2104.14294): the teacher's soft choice among K prototypes.
+
+    Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature), t of the
+    global views, s of every other view.
+    """
+    student, teacher = seen.student_points(name), seen.teacher_points(name)
+    center = seen.center(name, torch.cat(teacher).float().mean(0))
+    temperatures = seen.args.temperature or 0.1, seen.temperature
+    loss = mean(dino_loss(s, t, center, *temperatures) for s, t in other_views(student, teacher))
+    return loss, {f"collapsed_{name}": math.log(len(center))}
+
+
+def ibot(seen):
+    """iBOT (Zhou et al. 2022, arXiv 2111.07832): DINO on the image and on each hidden patch.
+
+    The hidden patches' targets are the teacher's of the same view, by the same head. Prototypes are
+    compared at hidden patches only; the centre of all patches comes from their mean embedding.
+    """
+    image, _ = dino(seen, "ibot")
+    head, theirs = seen.student.heads["ibot"], seen.teacher.heads["ibot"]
     with torch.no_grad():
-        theirs, their_patches = teacher(weak[:2] if args.weak_teacher else strong[:2])
-    points, patches = student(strong, mask, drop=args.hide == "drop")
-    s = [gather(x.float()) for x in points.chunk(len(strong))]
-    t = [gather(x.float()) for x in theirs.chunk(2)]
-    pairs = [(s[i], t[j]) for i in range(len(s)) for j in range(2) if i != j]  # never the same view
-
-    weights, terms = dict(distance=args.distance_weight, angle=args.angle_weight), {}
-    each = [relations(*pair, args) for pair in pairs]
-    for name in each[0]:
-        terms[name] = weights[name], sum(losses[name] for losses in each) / len(pairs)
-    if args.pull_weight:
-        pull = sum(pull_loss(*pair) for pair in pairs) / len(pairs)
-        terms["pull"] = args.pull_weight, pull
-    if args.patch_weight:  # patch i of a view is patch i of the same crop, whole, at the teacher
-        if mask is not None and args.hide == "drop":
-            their_patches = their_patches[~mask.to(their_patches.device)].view_as(patches)
-        for name, loss in relations(patches, their_patches, args).items():
-            terms[f"patch_{name}"] = args.patch_weight * weights[name], loss
-    return terms, pairs[0]
+        z = theirs.embed(seen.teacher_tokens[:, 1:])  # (G·B, N, bottleneck)
+        target = theirs.logits(z[seen.mask])  # (M, K)
+        center = seen.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
+    patch = masked_patch_loss(head(seen.tokens[:, 1:][seen.mask]), target, seen.mask, center,
+                              seen.args.temperature or 0.1, seen.temperature)
+    return image + patch, {"ibot_image": image, "ibot_patch": patch,
+                           "collapsed_ibot_image": math.log(len(center))}
 
 
-def collapsed(pair, args):
-    """Each relational loss for a student whose points are all one: a plateau to recognise."""
-    with torch.no_grad():
-        losses = relations(torch.zeros_like(pair[0]), pair[1], args)
-    return {f"collapsed_{name}": value.item() for name, value in losses.items()}
+# ---- masked prediction -------------------------------------------------------------------------
+
+def per_patch(loss, mask):
+    """A mean over this process's hidden patches, weighed as its share of those of all processes."""
+    hidden = mask.sum().to(loss)
+    everyone = gather(hidden.unsqueeze(0)).mean()
+    return loss * torch.where(everyone > 0, hidden / everyone, 1)
 
 
-OBJECTIVES = dict(rkd=rkd)
+def beit(seen):
+    """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
+
+    Cross-entropy over K words. The words are those of `--tokenizer`, for BEiT's own is an external
+    network (DALL-E's): see `RandomWords`.
+    """
+    words = seen.tokenizer(seen.globals)[seen.mask]  # (M,)
+    logits = seen.student.predictors["beit"](seen.tokens[:, 1:][seen.mask])  # (M, K)
+    loss = per_patch(masked_token_loss(logits, words, seen.mask), seen.mask)
+    return loss, {"beit_accuracy": lambda: (logits.argmax(1) == words).sum() / max(1, len(words)),
+                  "beit_commonest": lambda: words.bincount(minlength=1).max() / max(1, len(words))}
+
+
+class RandomWords(nn.Module):
+    """A stated substitute for BEiT's tokenizer: (B, 3, S, S) -> words (B, N), below K.
+
+    BEST-RQ's quantizer (Chiu et al. 2022, arXiv 2202.01855): a frozen random projection of the
+    standardised patch, and the nearest of K random codes by cosine. Chosen over k-means of patches
+    because nothing is fitted, stored or resumed: it is a function of the seed. Any callable of this
+    signature can take its place: put a maker (args -> callable) into TOKENIZERS.
+    """
+
+    def __init__(self, args, width=16):
+        super().__init__()
+        generator = torch.Generator().manual_seed(args.seed)
+        pixels = 3 * args.patch_size ** 2
+        self.patch_size = args.patch_size
+        for name, shape in (("projection", (pixels, width)), ("codes", (args.prototypes, width))):
+            value = torch.randn(*shape, generator=generator)
+            self.register_buffer(name, value, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        patches = standardize(patchify(images, self.patch_size).flatten(2))  # (B, N, pixels)
+        return cosines((patches @ self.projection).flatten(0, 1), self.codes).argmax(1).view(
+            patches.shape[:2])
+
+
+TOKENIZERS = dict(random=RandomWords)
+
+
+def mae(seen):
+    """MAE (He et al. 2021, arXiv 2111.06377): paint the hidden patches, from visible ones alone.
+
+    Mean squared error of a light decoder's pixels, each patch standardised.
+    """
+    patches = patchify(seen.globals, seen.args.patch_size).flatten(2)  # (G·B, N, 3·P·P)
+    prediction = seen.student.predictors["mae"](seen.tokens, seen.mask)[:, 1:]
+    return (pixel_loss(prediction, patches, seen.mask),
+            {"mean_patch_mae": partial(error_of_mean, standardize(patches), seen.mask, 2)})
+
+
+def simmim(seen):
+    """SimMIM (Xie et al. 2021, arXiv 2111.09886): paint the hidden patches by one linear layer.
+
+    Mean absolute error of the pixels, at mask tokens.
+    """
+    patches = patchify(seen.globals, seen.args.patch_size).flatten(2)
+    prediction = seen.student.predictors["simmim"](seen.tokens[:, 1:])
+    loss = pixel_loss(prediction, patches, seen.mask, normalize=False, p=1)
+    return (per_patch(loss, seen.mask),
+            {"mean_patch_simmim": partial(error_of_mean, patches, seen.mask, 1)})
+
+
+def error_of_mean(patches, mask, p):
+    """What predicting the mean hidden patch of the batch would cost: a floor to beat."""
+    hidden = patches[mask]
+    return average((hidden - hidden.mean(0)).abs() ** p)
+
+
+def dbot(seen):
+    """dBOT (Liu et al. 2022, arXiv 2209.03917): a frozen teacher's features of the hidden patches.
+
+    Smooth L1 (beta 2) at hidden patches and CLS, the target standardised before the teacher's last
+    norm. After each stage the student becomes the teacher and a fresh student starts (`Stages`).
+    """
+    target = standardize(seen.unnormed)  # (G·B, 1 + N, D)
+    prediction = seen.student.predictors["dbot"](seen.tokens, seen.mask)
+    return feature_loss(prediction, target, F.pad(seen.mask, (1, 0), value=True), beta=2.0), {}
+
+
+# ---- the terms, and what each needs ------------------------------------------------------------
+
+@dataclass
+class Term:
+    """A term's function, what it needs, and what the options are when its system runs alone."""
+    loss: callable
+    teacher: bool = True  # does it read a teacher at all
+    head: bool = False  # does it read the teacher through a head (which a given backbone lacks)
+    views: int = 2
+    least: int = 1  # images in a batch
+    hide: str = None  # how it needs patches to be hidden: it predicts them
+    own: dict = field(default_factory=dict)  # defaults
+
+
+WHOLE = dict(mask_ratio=0.0)  # published without a mask
+SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features collapse
+SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
+
+OBJECTIVES = dict(
+    rkd=Term(rkd, least=3),
+    cka=Term(cka, least=2),
+    ressl=Term(ressl, least=3),
+    feature=Term(feature),
+    simclr=Term(simclr, teacher=False, least=2, own=WHOLE),
+    moco=Term(moco, head=True, least=2, own=WHOLE | SLOW),
+    byol=Term(byol, head=True, least=2, own=WHOLE | SLOW),
+    dino=Term(dino, head=True, own=WHOLE | SHARP),
+    ibot=Term(ibot, head=True, hide="token", own=SHARP | dict(
+        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5)),
+    beit=Term(beit, teacher=False, views=1, hide="token", own=dict(mask="block", mask_ratio=0.4)),
+    mae=Term(mae, teacher=False, views=1, hide="drop", own=dict(mask="random", mask_ratio=0.75)),
+    simmim=Term(simmim, teacher=False, views=1, hide="token",
+                own=dict(mask="random", mask_ratio=0.6)),
+    dbot=Term(dbot, views=1, hide="drop", own=dict(
+        mask="random", mask_ratio=0.75, teacher="frozen", stages=2)),
+)
+
+
+def parse_loss(text):
+    """`dino+0.5*rkd` -> {"dino": 1.0, "rkd": 0.5}; ValueError names what is wrong."""
+    terms = {}
+    for piece in text.split("+"):
+        weight, star, name = piece.strip().rpartition("*")
+        try:
+            value = float(weight if star else 1)
+        except ValueError:
+            value = math.nan
+        if name.strip() not in OBJECTIVES:
+            raise ValueError(f"{name.strip()!r} in {text!r} is no term: choose from "
+                             f"{', '.join(OBJECTIVES)}, summed as in dino+0.5*rkd")
+        if not 0 < value < math.inf:
+            raise ValueError(f"weight {weight!r} in {text!r} must be a number above 0")
+        if name.strip() in terms:
+            raise ValueError(f"{name.strip()} stands twice in {text!r}: give it one weight")
+        terms[name.strip()] = value
+    return terms
+
+
+def defaults(loss):
+    """Options of a sum: those of the terms that need a mask, else those of the first term.
+
+    Where two terms want different masks the value is None: the user has to choose.
+    """
+    terms = {name: OBJECTIVES[name] for name in parse_loss(loss)}
+    masked = {name: term for name, term in terms.items() if term.hide}
+    ways = {term.hide for term in masked.values()}
+    if len(ways) > 1:
+        raise ValueError(f"--loss {loss}: " + ", ".join(
+            f"{name} needs --hide {term.hide}" for name, term in masked.items())
+            + "; one student cannot do both: leave one out")
+    chosen = [*masked.values()] or [*terms.values()][:1]
+    own = {}
+    for term in chosen:
+        for name, value in term.own.items():
+            own[name] = value if own.get(name, value) == value else None
+    return own | {"hide": way for way in ways}
+
+
+def check(args):
+    """Refuse what cannot be asked of a student, before anything is built; ValueError names it."""
+    terms = {name: OBJECTIVES[name] for name in parse_loss(args.loss)}
+    masked = [name for name, term in terms.items() if term.hide]
+    taught = [name for name, term in terms.items() if term.teacher]
+    for name in ("mask", "mask_ratio", "mask_spread", "mask_probability", "teacher", "stages"):
+        if getattr(args, name) is None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--loss {args.loss}: {' and '.join(masked)} have different defaults "
+                             f"of {option}: choose one with {option}")
+    for name in masked:
+        if not args.mask_ratio:
+            raise ValueError(f"--mask-ratio 0 hides nothing and {name} predicts what is hidden: "
+                             f"set it above 0, as {OBJECTIVES[name].own['mask_ratio']}")
+        if args.hide != OBJECTIVES[name].hide:
+            raise ValueError(f"--hide {args.hide} does not fit {name}: it needs --hide "
+                             f"{OBJECTIVES[name].hide}")
+    uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
+    if uneven and args.hide == "drop":
+        raise ValueError("--mask-spread and --mask-probability hide more in one image than in "
+                         "another, and dropping needs as many in each: --hide token, or leave them")
+    if args.mask_unit > 1 and args.mask != "random":
+        raise ValueError(f"--mask-unit {args.mask_unit} is of --mask random, not {args.mask}: "
+                         "leave one out")
+    if not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread:
+        raise ValueError(f"--mask-spread {args.mask_spread} around --mask-ratio {args.mask_ratio} "
+                         "leaves 0 .. 1: lower it")
+    for name, term in terms.items():
+        if args.global_crops < term.views:
+            raise ValueError(f"--global-crops {args.global_crops}: {name} compares {term.views} "
+                             f"views of an image: set it to {term.views}")
+        if args.teacher_checkpoint and term.head:
+            raise ValueError(f"--teacher-checkpoint is a backbone and {name} asks the teacher's "
+                             "head: take rkd, cka, ressl, feature or dbot, or --teacher ema")
+    if "rkd" in terms and not args.distance_weight and not args.angle_weight:
+        raise ValueError("--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one")
+    if not taught and (args.teacher_checkpoint or args.mask == "attention"):
+        option = "--teacher-checkpoint" if args.teacher_checkpoint else "--mask attention"
+        raise ValueError(f"{option} needs a teacher and no term of --loss {args.loss} has one: "
+                         "leave it out, or add +rkd")
+    if args.teacher_arch and not args.teacher_checkpoint:
+        raise ValueError(f"--teacher-arch {args.teacher_arch} names the network of a "
+                         "--teacher-checkpoint: add that, or leave it out")
+    if args.stages > 1 and (args.teacher_checkpoint or not taught):
+        raise ValueError(f"--stages {args.stages}: each next teacher is the student before it, so "
+                         "there must be a teacher, and of the student's arch: --stages 1 with "
+                         "--teacher-checkpoint, or without a term that has a teacher")
+    if args.teacher == "ema" and ("dbot" in terms or args.teacher_checkpoint or args.stages > 1):
+        what = (f"--stages {args.stages}" if args.stages > 1 else
+                "--teacher-checkpoint" if args.teacher_checkpoint else "dbot")
+        raise ValueError(f"{what} has a frozen teacher, not --teacher ema: take --teacher frozen")
+
+
+def least_images(args):
+    """How many images a batch needs for its terms to have something to compare."""
+    least = {name: OBJECTIVES[name].least for name in parse_loss(args.loss)}
+    if "rkd" in least and not args.angle_weight:
+        least["rkd"] = 2
+    return max(least.items(), key=lambda x: x[1])
+
+
+# ---- student and teacher -----------------------------------------------------------------------
+
+def parts(name, vit, their_width, args):
+    """What a term puts on a backbone: (head of student and teacher, predictor), None for nothing.
+
+    `--projection` is the width of what is compared (0: the published one), `--head-hidden` that
+    of the layers before it.
+    """
+    width = vit.embed_dim * (2 if args.pool == "cls+mean" else 1)
+    hidden, K, pixels = args.head_hidden or 4 * width, args.prototypes, 3 * args.patch_size ** 2
+    batch_norm = partial(mlp_head, norm=BatchNorm, activation=nn.ReLU, bias=False)
+    plain = partial(BatchNorm, affine=False)
+    decoder = partial(Decoder, vit.grid, vit.embed_dim, width=args.decoder[0],
+                      depth=args.decoder[1], drop_path=args.drop_path)
+    out = args.projection or (128 if name == "simclr" else 256)
+    match name:
+        case "rkd":
+            out = args.head or width
+            return (mlp_head(width, hidden, out) if args.head else None,
+                    mlp_head(out, hidden, out) if args.predictor else None)
+        case "simclr":
+            return batch_norm(width, hidden, out, last=plain), None
+        case "moco":
+            return (batch_norm(width, hidden, out, layers=3, last=plain),
+                    batch_norm(out, hidden, out, last=plain))
+        case "byol":
+            return batch_norm(width, hidden, out), batch_norm(out, hidden, out)
+        case "dino" | "ibot":
+            norm = BatchNorm if args.head_batchnorm else None
+            return PrototypeHead(width, hidden, out, K, norm), None
+        case "beit":
+            return None, nn.Linear(vit.embed_dim, K)
+        case "simmim":
+            return None, nn.Linear(vit.embed_dim, pixels)
+        case "mae":
+            return None, decoder(pixels)
+        case "dbot":
+            return None, decoder(their_width)
+        case "feature":
+            return None, nn.Linear(width, their_width * width // vit.embed_dim)
+    return None, None
+
+
+def build_student(args, their_width=None, stage=0):
+    """The student as the options describe it: the same in every process, another in each stage."""
+    torch.manual_seed(fold(args.seed, 5, stage) if stage else args.seed)
+    vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
+                           drop_path=args.drop_path, fixed_pos=args.fixed_pos)
+    on_it = {name: parts(name, vit, their_width or vit.embed_dim, args)
+             for name in parse_loss(args.loss)}
+    if args.hide == "drop" or not args.mask_ratio:
+        vit.mask_token.requires_grad_(False)  # unused: DDP would wait for it
+    if args.freeze_patch_embed:
+        vit.patch_embed.requires_grad_(False)
+    return Network(vit, *({name: both[k] for name, both in on_it.items() if both[k]}
+                          for k in (0, 1)))
+
+
+class System(nn.Module):
+    """Student, teacher and terms: `system(strong, weak, mask)` is the loss of one batch."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.terms, self.teacher = args, parse_loss(args.loss), None
+        given = None
+        if args.teacher_checkpoint:
+            given, _ = open_backbone(args.teacher_checkpoint, args.teacher_arch)
+            if given.patch_size != args.patch_size:
+                raise ValueError(f"--teacher-checkpoint {args.teacher_checkpoint} has patches of "
+                                 f"{given.patch_size} pixels, the student of {args.patch_size}: "
+                                 f"take --patch-size {given.patch_size}")
+        self.student = build_student(args, given and given.embed_dim)
+        vit = self.student.backbone
+        if given and given.embed_dim != vit.embed_dim and "rkd" in self.terms and args.pull_weight:
+            raise ValueError(f"--pull-weight {args.pull_weight} pulls points together, and the "
+                             f"teacher's are {given.embed_dim} wide, the student's "
+                             f"{vit.embed_dim}: --pull-weight 0")
+        if given and args.head and "rkd" in self.terms:
+            raise ValueError(f"--head {args.head} has no partner on a --teacher-checkpoint: "
+                             "leave it out; relations need no common width")
+        if any(OBJECTIVES[name].teacher for name in self.terms):
+            self.teacher = Network(given) if given else Network(
+                copy.deepcopy(vit), copy.deepcopy(self.student.heads))
+            self.teacher.requires_grad_(False).eval()
+        centers = dict(dino=["dino"], ibot=["ibot", "ibot_patch"])
+        self.state = {center: torch.zeros(args.prototypes)  # what terms remember: in checkpoints
+                      for name in self.terms for center in centers.get(name, [])}
+        self.tokenizer = TOKENIZERS[args.tokenizer](args) if "beit" in self.terms else None
+
+    def to(self, device):
+        self.state = {name: x.to(device) for name, x in self.state.items()}
+        return super().to(device)
+
+    @property
+    def kept(self):
+        """The network that is evaluated: the moving average where there is one."""
+        return self.teacher if self.args.teacher == "ema" else self.student
+
+    def forward(self, strong, weak, mask, progress=0.0):
+        """Views as lists of (B, 3, S, S), bool mask (G·B, N) or None -> loss, logs, points.
+
+        Logs are numbers, tensors, or functions that give one and are called only when a row is
+        written.
+        """
+        seen, loss, logs = Seen(self, strong, weak, mask, progress), 0.0, {}
+        for name, weight in self.terms.items():
+            value, more = OBJECTIVES[name].loss(seen)
+            loss = loss + weight * value
+            logs |= {name: value.detach(), **more}
+        return loss, logs, seen.points()
+
+    def next_stage(self, stage):
+        """The student becomes the frozen teacher and a fresh student starts (dBOT, section 3)."""
+        student, names = self.student.state_dict(), set(self.teacher.state_dict())
+        self.teacher.load_state_dict({name: x for name, x in student.items() if name in names})
+        self.student.load_state_dict(build_student(self.args, stage=stage).state_dict())
+
+    def save(self):
+        """What a checkpoint keeps: a moving average is the `teacher`, another teacher `frozen`."""
+        state = dict(student=self.student.state_dict(), objective=self.state)
+        if self.teacher:
+            name = "teacher" if self.args.teacher == "ema" else "frozen"
+            state[name] = self.teacher.state_dict()
+        return state
+
+    def load(self, state):
+        self.student.load_state_dict(state["student"])
+        if self.teacher:
+            self.teacher.load_state_dict(
+                state["teacher" if self.args.teacher == "ema" else "frozen"])
+        if set(state["objective"]) != set(self.state):
+            raise ValueError(f"it holds {sorted(state['objective'])}, not {sorted(self.state)}")
+        self.state = {name: x.to(self.state[name]) for name, x in state["objective"].items()}
+
+
+# ---- published recipes -------------------------------------------------------------------------
+
+IMAGENET = dict(data="folder", image_size=224, patch_size=16, pool="cls", workers=10)
+COLOURS = dict(jitter=0.4, hue=0.1, grey=0.2, blur=[1.0, 0.1], solarize=[0.0, 0.2])  # BYOL's
+FLIP = dict(jitter=0.0, hue=0.0, grey=0.0, blur=[0.0, 0.0], solarize=[0.0, 0.0])
+PIXELS = IMAGENET | FLIP | dict(global_crops=1, arch="vit_base")
+
+MOCO = IMAGENET | COLOURS | dict(
+    arch="vit_small_12heads", epochs=300.0, batch_size=1024, lr=1.5e-4 * 1024 / 256,
+    warmup=40 / 300, weight_decay=[0.1, 0.1], beta2=0.999, clip_grad=0.0,
+    freeze_patch_embed=True, fixed_pos=True, crop_scale=[0.08, 1.0])
+
+# --recipe NAME: hyper-parameters as published, lr for the whole batch; warm-ups are shares of the
+# run. Sources: the official repositories' commands and defaults; tests/test_recipes.py names each.
+RECIPES = {
+    "dino-vits16-100ep": IMAGENET | COLOURS | dict(
+        loss="dino", arch="vit_small", epochs=100.0, batch_size=512, lr=5e-4 * 512 / 256,
+        min_lr=1e-6, warmup=10 / 100, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
+        clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.04],
+        prototypes=65536, projection=256, head_hidden=2048,
+        head_batchnorm=False, freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0], local_crops=8),
+    "ibot-vits16-800ep": IMAGENET | COLOURS | dict(
+        loss="ibot", arch="vit_small", epochs=800.0, batch_size=1024, lr=5e-4 * 1024 / 256,
+        min_lr=1e-6, warmup=10 / 800, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
+        clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.07],
+        teacher_warmup=30 / 800, prototypes=8192, projection=256, head_hidden=2048,
+        head_batchnorm=False, freeze_last_layer=1 / 800, drop_path=0.1, crop_scale=[0.25, 1.0], local_crops=10,
+        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5),
+    "moco-vits16-300ep": MOCO | dict(
+        loss="moco", momentum=0.99, temperature=0.2, projection=256, head_hidden=4096),
+    # published for ResNet-50 with LARS: their losses, heads and views, in MoCo v3's frame
+    "simclr-vits16-300ep": MOCO | dict(
+        loss="simclr", temperature=0.1, projection=128, head_hidden=2048, jitter=0.8, hue=0.2,
+        blur=[0.5, 0.5], solarize=[0.0, 0.0]),
+    "byol-vits16-300ep": MOCO | dict(loss="byol", momentum=0.996, projection=256, head_hidden=4096),
+    "mae-vitb16-800ep": PIXELS | dict(
+        loss="mae", epochs=800.0, batch_size=4096, lr=1.5e-4 * 4096 / 256, warmup=40 / 800,
+        weight_decay=[0.05, 0.05], beta2=0.95, clip_grad=0.0, fixed_pos=True, mask="random",
+        mask_ratio=0.75, decoder=[512, 8], crop_scale=[0.2, 1.0]),
+    "simmim-vitb16-800ep": PIXELS | dict(
+        loss="simmim", epochs=800.0, batch_size=2048, lr=1e-4 * 2048 / 512, warmup=10 / 800,
+        weight_decay=[0.05, 0.05], beta2=0.999, clip_grad=5.0, drop_path=0.1, mask="random",
+        mask_ratio=0.6, mask_unit=2, crop_scale=[0.67, 1.0]),
+    "beit-vitb16-800ep": PIXELS | dict(
+        loss="beit", epochs=800.0, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup=10 / 800,
+        weight_decay=[0.05, 0.05], beta2=0.999, clip_grad=3.0, drop_path=0.1, prototypes=8192,
+        mask="block", mask_ratio=75 / 196, jitter=0.4, crop_scale=[0.08, 1.0]),
+    "dbot-vitb16-1600ep": PIXELS | dict(
+        loss="dbot", epochs=1600.0, stages=2, batch_size=4096, lr=1.5e-4 * 4096 / 256,
+        warmup=40 / 800, weight_decay=[0.05, 0.05], beta2=0.95, clip_grad=3.0, drop_path=0.2,
+        fixed_pos=True, mask="random", mask_ratio=0.75, decoder=[512, 8], crop_scale=[0.2, 1.0]),
+}
