@@ -20,7 +20,6 @@ from masking import MASKS
 from model import pool_tokens
 from objectives import OBJECTIVES, System
 
-
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 
@@ -33,9 +32,11 @@ def new_figure(mosaic, size):
 
 
 def curves(folder):
-    """curves.png from log.jsonl."""
+    """curves.png from log.jsonl and args.json."""
     with open(os.path.join(folder, "log.jsonl")) as file:
         rows = [json.loads(line) for line in file]
+    with open(os.path.join(folder, "args.json")) as file:
+        kept = "teacher" if json.load(file)["teacher"] == "ema" else "student"
     figure, axes = new_figure("abc", (12, 3.4))
     evaluated, trained = ([row for row in rows if name in row] for name in ("knn_top1", "loss"))
 
@@ -45,7 +46,7 @@ def curves(folder):
             x, y = zip(*((row["step"], row[name]) for row in chosen))
             axes[place].plot(x, y, style, **options)
 
-    line("a", "knn_top1", evaluated, "o-", label="teacher")
+    line("a", "knn_top1", evaluated, "o-", label=kept)
     for name, style, label in (("raw_pixels_knn_top1", "--", "raw pixels, centred"),
                                ("untrained_knn_top1", ":", "untrained network")):
         if evaluated and name in evaluated[0]:

@@ -457,7 +457,8 @@ OBJECTIVES = dict(
     feature=Term(feature),
     simclr=Term(simclr, teacher=False, least=2, own=WHOLE),
     moco=Term(moco, head=True, least=2, own=WHOLE | SLOW),
-    byol=Term(byol, head=True, least=2, own=WHOLE | SLOW),
+    byol=Term(byol, head=True, least=2, own=WHOLE | dict(
+        momentum=0.996, projection=128, head_hidden=1024)),
     dino=Term(dino, head=True, own=WHOLE | SHARP),
     ibot=Term(ibot, head=True, hide="token", own=SHARP | dict(
         mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5)),
@@ -558,8 +559,8 @@ def check(args):
                          "there must be a teacher, and of the student's arch: --stages 1 with "
                          "--teacher-checkpoint, or without a term that has a teacher")
     if args.teacher == "ema" and ("dbot" in terms or args.teacher_checkpoint or args.stages > 1):
-        what = (f"--stages {args.stages}" if args.stages > 1 else
-                "--teacher-checkpoint" if args.teacher_checkpoint else "dbot")
+        what = ("dbot" if "dbot" in terms else "--teacher-checkpoint" if args.teacher_checkpoint
+                else f"--stages {args.stages}")
         raise ValueError(f"{what} has a frozen teacher, not --teacher ema: take --teacher frozen")
 
 

@@ -382,6 +382,19 @@ def test_a_killed_run_ends_bitwise_as_the_whole_one_with_each_step_once(killed, 
     assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS + 1))
 
 
+@pytest.mark.parametrize("loss", ["dino", "ibot", "moco+rkd", "dbot"])
+def test_centres_and_stages_go_on_where_they_were(loss, base, tmp_path):
+    options = (*base, "--loss", loss, "--epochs", 3, "--save-every", 1)  # 6 steps, 3 a stage
+    assert call(*options, "--out-dir", tmp_path / "whole") == 0
+    for stop in (3, 6):
+        assert call(*options, "--max-steps", stop, "--out-dir", tmp_path / "parts") == 0
+    a, b = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert a["step"] == b["step"] == 6 and a.keys() == b.keys()
+    for kind in {"student", "teacher", "frozen", "objective"} & a.keys():
+        assert_close(a[kind], b[kind], rtol=0, atol=0)
+    assert (loss == "dbot") == ("frozen" in a) and all(x.any() for x in a["objective"].values())
+
+
 # ---------- two processes ----------
 
 @pytest.fixture(scope="module")
