@@ -448,6 +448,7 @@ class Term:
 
 WHOLE = dict(mask_ratio=0.0)  # published without a mask
 SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features collapse
+WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to copy: MoCo v3, 16 : 1
 SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
 
 OBJECTIVES = dict(
@@ -456,9 +457,8 @@ OBJECTIVES = dict(
     ressl=Term(ressl, least=3),
     feature=Term(feature),
     simclr=Term(simclr, teacher=False, least=2, own=WHOLE),
-    moco=Term(moco, head=True, least=2, own=WHOLE | SLOW),
-    byol=Term(byol, head=True, least=2, own=WHOLE | dict(
-        momentum=0.996, projection=128, head_hidden=1024)),
+    moco=Term(moco, head=True, least=2, own=WHOLE | SLOW | WIDE),
+    byol=Term(byol, head=True, least=2, own=WHOLE | WIDE | dict(momentum=0.996)),
     dino=Term(dino, head=True, own=WHOLE | SHARP),
     ibot=Term(ibot, head=True, hide="token", own=SHARP | dict(
         mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5)),
@@ -727,13 +727,15 @@ RECIPES = {
         min_lr=1e-6, warmup=10 / 100, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
         clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.04],
         prototypes=65536, projection=256, head_hidden=2048,
-        head_batchnorm=False, freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0], local_crops=8),
+        head_batchnorm=False, freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0],
+        local_crops=8),
     "ibot-vits16-800ep": IMAGENET | COLOURS | dict(
         loss="ibot", arch="vit_small", epochs=800.0, batch_size=1024, lr=5e-4 * 1024 / 256,
         min_lr=1e-6, warmup=10 / 800, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
         clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.07],
         teacher_warmup=30 / 800, prototypes=8192, projection=256, head_hidden=2048,
-        head_batchnorm=False, freeze_last_layer=1 / 800, drop_path=0.1, crop_scale=[0.25, 1.0], local_crops=10,
+        head_batchnorm=False, freeze_last_layer=1 / 800, drop_path=0.1, crop_scale=[0.25, 1.0],
+        local_crops=10,
         mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5),
     "moco-vits16-300ep": MOCO | dict(
         loss="moco", momentum=0.99, temperature=0.2, projection=256, head_hidden=4096),
