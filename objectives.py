@@ -726,17 +726,15 @@ RECIPES = {
         loss="dino", arch="vit_small", epochs=100.0, batch_size=512, lr=5e-4 * 512 / 256,
         min_lr=1e-6, warmup=10 / 100, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
         clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.04],
-        prototypes=65536, projection=256, head_hidden=2048,
-        head_batchnorm=False, freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0],
-        local_crops=8),
+        prototypes=65536, projection=256, head_hidden=2048, head_batchnorm=False,
+        freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0], local_crops=8),
     "ibot-vits16-800ep": IMAGENET | COLOURS | dict(
         loss="ibot", arch="vit_small", epochs=800.0, batch_size=1024, lr=5e-4 * 1024 / 256,
         min_lr=1e-6, warmup=10 / 800, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
         clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.07],
         teacher_warmup=30 / 800, prototypes=8192, projection=256, head_hidden=2048,
         head_batchnorm=False, freeze_last_layer=1 / 800, drop_path=0.1, crop_scale=[0.25, 1.0],
-        local_crops=10,
-        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5),
+        local_crops=10, mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5),
     "moco-vits16-300ep": MOCO | dict(
         loss="moco", momentum=0.99, temperature=0.2, projection=256, head_hidden=4096),
     # published for ResNet-50 with LARS: their losses, heads and views, in MoCo v3's frame
