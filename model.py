@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from functools import partial
 
@@ -523,7 +522,7 @@ if __name__ == "__main__":
         print(f"model.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(f"""{args.export} is written; in timm:
-vit = timm.create_model("{re.sub("_12heads", "", options["arch"])}_patch16_224", num_classes=0,
+vit = timm.create_model("{options["arch"].removesuffix("_12heads")}_patch16_224", num_classes=0,
                         img_size={options["image_size"]}, patch_size={options["patch_size"]},
                         num_heads={vit.num_heads})
 vit.load_state_dict(torch.load("{args.export}", weights_only=True))""")

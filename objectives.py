@@ -21,7 +21,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -166,8 +166,8 @@ class Seen:
 
     def center(self, name, batch_mean):
         """The centre as it was before this batch, whose mean over all processes then moves it."""
-        center, everywhere = self.state[name], gather(batch_mean.float().unsqueeze(0)).mean(0)
-        self.state[name] = move_center(center, everywhere)
+        center, means = self.state[name], gather(batch_mean.float().unsqueeze(0))
+        self.state[name] = move_center(center, means.mean(0))
         return center
 
     def points(self):
@@ -217,10 +217,14 @@ def rkd(seen):
         total = total + args.patch_weight * weigh(patches, args)
         parts |= {f"patch_{name}": loss for name, loss in patches.items()}
 
-    def collapsed(name):
-        return mean(relations(torch.zeros_like(s), t, args)[name] for s, t in pairs)
+    @cache  # both plateaus come from one computation, and only when a row is written
+    def collapsed():
+        return [relations(torch.zeros_like(s), t, args) for s, t in pairs]
 
-    return total, parts | {f"collapsed_{name}": partial(collapsed, name) for name in each[0]}
+    def plateau(name):
+        return mean(losses[name] for losses in collapsed())
+
+    return total, parts | {f"collapsed_{name}": partial(plateau, name) for name in each[0]}
 
 
 def relations(student, teacher, args):
@@ -409,7 +413,7 @@ def simmim(seen):
     Mean absolute error of the pixels, at mask tokens.
     """
     patches = patchify(seen.globals, seen.args.patch_size).flatten(2)
-    prediction = seen.student.predictors["simmim"](seen.tokens[:, 1:])
+    prediction = seen.student.predictors["simmim"](seen.tokens[:, 1:][seen.mask])  # (M, 3·P·P)
     loss = pixel_loss(prediction, patches, seen.mask, normalize=False, p=1)
     return (per_patch(loss, seen.mask),
             {"mean_patch_simmim": partial(error_of_mean, patches, seen.mask, 1)})
