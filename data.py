@@ -13,10 +13,13 @@ et al. 2020, arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733
 Left out: the random order of the four jitters (here brightness, contrast, saturation, hue).
 Letters: B images, S side of a view in pixels.
 """
+import contextlib
 import itertools
 import math
 import os
+import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -26,6 +29,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing to lock files with
+    fcntl = None
+
+# PIL refuses more than 179 million pixels; it need not warn of half as many
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used for every set
 
@@ -184,7 +195,7 @@ class Folder(torch.utils.data.Dataset):
             view = resize_center(image or Image.new("RGB", (self.size, self.size)), self.size)
             return to_tensor(view), index, [] if image else [index]
         bad = []
-        for other in (*range(index, len(self)), *range(index)):
+        for other in itertools.chain(range(index, len(self)), range(index)):
             image = self.open(other)
             if image:
                 return self.cut(image, epoch, other), other, bad
@@ -197,19 +208,23 @@ class Folder(torch.utils.data.Dataset):
             if int(os.environ.get("RANK", 0)) == 0:  # of many processes one speaks, after `share`
                 print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
         self.unreadable.update(indices)
-        self.refuse(self.unreadable, len(self))
+        if not dist.is_initialized():
+            self.refuse(self.unreadable, len(self))
 
     def refuse(self, bad, looked_at):
         if len(bad) > 0.1 * looked_at:
+            names = [self.files[index] for index in sorted(bad)[:10]]
             raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
-                                   f"10 %, such as {self.files[min(bad)]}: repair or remove them")
+                                   f"10 %: {', '.join(names)}{', ..' * (len(bad) > 10)}: repair or "
+                                   "remove them")
 
     def share(self):
-        """Bring together what the processes found unreadable."""
+        """Bring together what the processes found unreadable: all stop, or none."""
         if dist.is_initialized():
             found = [None] * dist.get_world_size()
             dist.all_gather_object(found, self.unreadable)
             self.report(set().union(*found))
+            self.refuse(self.unreadable, len(self))
 
 
 def to_tensor(image):
@@ -220,6 +235,10 @@ def resize_center(image, size):
     """The usual evaluation view: short side to size·256/224, centre crop; size x size stays."""
     if image.size == (size, size):
         return image
+    most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
+    if max(image.size) > most:
+        left, top = (max(0, side - most) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     short = size if min(image.size) <= size else round(size * 256 / 224)
     width, height = (max(short, round(side * short / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -287,8 +306,51 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
             return bool(image)
 
         readable = torch.tensor(list(pool.map(read, range(len(folder)))))
-    folder.report((~readable).nonzero().flatten().tolist())
-    return Images(pixels[readable], folder.labels[readable], folder.classes)
+    bad, good = (~readable).nonzero().flatten(), readable.nonzero().flatten()
+    folder.report(bad.tolist())
+    if len(bad):  # as on disk: the next index in its place, and never evaluated
+        pixels[bad] = pixels[good[torch.searchsorted(good, bad) % len(good)]]
+        folder.labels[bad] = -1
+    return Images(pixels, folder.labels, folder.classes)
+
+
+@contextlib.contextmanager
+def one_at_a_time(root):
+    """Of the processes and runs that look for a set in `root`, one goes in; death lets the next."""
+    os.makedirs(root, exist_ok=True)
+    with open(os.path.join(root, ".lock"), "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def checked(make):
+    """`make(download=..)`: what is whole on disk (by its md5), else downloaded by one process."""
+    def there_or_downloaded(root, *args, **options):
+        try:
+            return make(root, *args, download=False, **options)
+        except RuntimeError:  # torchvision's: not found, or corrupted
+            with one_at_a_time(root):
+                return make(root, *args, download=True, **options)
+    return there_or_downloaded
+
+
+def imagenette(root):
+    """Train and test of Imagenette-160, unpacked beside its place and then moved: whole, or not."""
+    place, size = os.path.join(root, "imagenette2-160"), "160px"
+    if not os.path.isdir(place):
+        with one_at_a_time(root):
+            if not os.path.isdir(place):  # nobody was faster
+                part = os.path.join(root, "imagenette.part")
+                shutil.rmtree(part, ignore_errors=True)
+                torchvision.datasets.Imagenette(part, size=size, download=True)
+                os.replace(os.path.join(part, "imagenette2-160"), place)
+                shutil.rmtree(part)
+    counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
+    if counts != [9469, 3925]:
+        raise ValueError(f"{place} holds {counts[0]} and {counts[1]} images, not 9469 and 3925, so "
+                         "it is a part of Imagenette: remove it, or use --data folder for your own")
+    return read_folder(place)
 
 
 def from_torchvision(name, path):
@@ -296,15 +358,13 @@ def from_torchvision(name, path):
     sets, root = torchvision.datasets, path or "downloads"
     try:
         if name == "imagenette":
-            there = os.path.isdir(os.path.join(root, "imagenette2-160"))
-            sets.Imagenette(root, size="160px", download=not there)
-            return read_folder(os.path.join(root, "imagenette2-160"))
+            return imagenette(root)
         if name == "stl10":
-            parts = [sets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")]
+            parts = [checked(sets.STL10)(root, part) for part in ("train+unlabeled", "test")]
             return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
                            part.classes) for part in parts]
-        kind = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
-        parts = [kind(root, train=train, download=True) for train in (True, False)]
+        kind = checked(sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)
+        parts = [kind(root, train=train) for train in (True, False)]
         return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
                        torch.tensor(part.targets), part.classes) for part in parts]
     except (OSError, RuntimeError) as error:
@@ -322,13 +382,7 @@ def load_data(name, path=None, image_size=32):
         return textures(10000, 0, image_size)[0], textures(1000, 1, image_size)[0]
     if name == "folder":
         return read_folder(path)
-    others = dist.is_initialized() and dist.get_rank() > 0
-    if others:
-        dist.barrier()  # the first process may have to download
-    sets = from_torchvision(name, path)
-    if dist.is_initialized() and not others:
-        dist.barrier()
-    return sets
+    return from_torchvision(name, path)
 
 
 # ---- views -------------------------------------------------------------------------------------

@@ -421,13 +421,16 @@ def test_a_broken_file_is_replaced_by_the_next_the_same_one_each_time(tmp_path):
         assert weak[0][5].equal(weak[0][6]) and weak[0][19].equal(weak[0][0])
 
 
-def test_a_broken_file_of_a_set_in_memory_is_named_and_left_out(tmp_path, capsys):
+def test_a_broken_file_of_a_set_in_memory_is_named_and_replaced_by_the_next(tmp_path, capsys):
     for i in range(20):
-        write(tmp_path / f"{i:02}.png", seed=i)
-    (tmp_path / "05.png").write_bytes((tmp_path / "04.png").read_bytes()[:200])  # cut
+        write(tmp_path / "train" / "only" / f"{i:02}.png", seed=i)
+    for i in (5, 19):
+        (tmp_path / "train" / "only" / f"{i:02}.png").write_bytes(b"cut")
     train, _ = load_data("folder", str(tmp_path))
-    assert isinstance(train, Images) and len(train) == len(train.images) == 19
-    assert train.images[5].equal(pictures(32, 32, 3, seed=6).permute(2, 0, 1))
+    assert isinstance(train, Images) and len(train) == len(train.images) == 20
+    for i, other in ((5, 6), (19, 0), (7, 7)):  # the other indices stay what they are
+        assert train.images[i].equal(pictures(32, 32, 3, seed=other).permute(2, 0, 1))
+    assert train.labels.tolist() == [-1 if i in (5, 19) else 0 for i in range(20)]  # not evaluated
     assert capsys.readouterr().err.count("05.png") == 1
 
 
