@@ -18,10 +18,12 @@ prediction. Left out: LayerScale, relative positions, registers, other norms.
 Letters: B images, N patches, V visible patches, D width, H heads, P patch size in pixels.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
+import zipfile
 from functools import partial
 
 import torch
@@ -343,6 +345,33 @@ ARCHS = dict(
 
 # ---- reading and writing weights ---------------------------------------------------------------
 
+def write_file(path, write, keep=None):
+    """Replace a file whole or not at all: `write(file)` beside it, to disk, rename.
+
+    `keep`: where the file that was there goes. OSError and RuntimeError say why it was not written.
+    """
+    path = os.fspath(path)
+    with open(path + ".tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep and os.path.exists(path):
+        try:  # a second name: there is a whole file under `path` at every moment
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(keep + ".tmp")
+            os.link(path, keep + ".tmp")
+            os.replace(keep + ".tmp", keep)
+        except OSError:  # not every disk has links
+            os.replace(path, keep)
+    os.replace(path + ".tmp", path)
+    with contextlib.suppress(OSError):  # the new name itself to disk, where folders can be opened
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def read_file(path):
     """The dict in a file of plain tensors. Pickled code is refused, not run."""
     path = os.fspath(path)
@@ -350,6 +379,10 @@ def read_file(path):
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # only where such a file is read
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:  # torch never compresses: a bomb would
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                    raise ValueError("compressed")
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the official files
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -361,6 +394,34 @@ def read_file(path):
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written "
                          "by train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
+
+
+def is_plain(x):
+    """A dense tensor of floats, in memory."""
+    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+            and x.is_floating_point())
+
+
+def misfits(own, weights, optional=()):
+    """What keeps `weights` from being loaded over `own`, dicts of tensors: a list of sentences."""
+    if not isinstance(weights, dict):
+        return [f"a {type(weights).__name__} in place of tensors by name"]
+    wrong = [f"missing {name}" for name in own if name not in weights and name not in optional]
+    for name, x in weights.items():
+        if name not in own:
+            wrong.append(f"unexpected {str(name)[:80]}")
+        elif not is_plain(x):
+            wrong.append(f"{name} is no plain tensor of floats")
+        elif x.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}")
+        elif not x.float().isfinite().all():
+            wrong.append(f"{name} has values that are not finite")
+    return wrong
+
+
+def listed(wrong):
+    """The first of many complaints, and how many more there are."""
+    return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
 
 
 HUGGING_FACE = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
@@ -380,7 +441,7 @@ def from_hugging_face(weights):
         renamed[name] = x
     for name in [name for name in renamed if ".attention.attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):
+        if all(part in renamed and renamed[part].numel() <= 2**26 for part in parts):  # no bomb
             joined = name.replace(".attention.attention.query.", ".attn.qkv.")
             renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
@@ -392,9 +453,9 @@ PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
 
 def heads_in(path, file, prefix, weights):
     """(attention heads that a file was trained with, does it say so): no shape tells them."""
-    width = weights["cls_token"].shape[-1]
+    width = (0, *weights["cls_token"].shape)[-1]
     options = file.get("args")
-    if isinstance(options, dict) and options.get("arch") in ARCHS:  # ours
+    if isinstance(options, dict) and options.get("arch") in [*ARCHS]:  # ours
         shape = ARCHS[options["arch"]].keywords
         return (shape["num_heads"], True) if shape["embed_dim"] == width else (None, False)
     try:  # Hugging Face's config, beside the weights
@@ -402,7 +463,7 @@ def heads_in(path, file, prefix, weights):
             config = json.load(config)
         if config["hidden_size"] == width:
             return int(config["num_attention_heads"]), True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     if width == 384 and ("base_encoder" in prefix or "momentum_encoder" in prefix):
         return 12, True
@@ -422,13 +483,13 @@ def read_weights(path):
         if isinstance(inner, dict) and isinstance(inner.get(name), dict):
             inner = inner[name]
     weights = inner if isinstance(inner, dict) else {}
-    weights = {str(name): x for name, x in weights.items() if isinstance(x, torch.Tensor)}
+    weights = {str(name): x for name, x in weights.items() if is_plain(x)}
     if any(name.endswith("embeddings.cls_token") for name in weights):
         weights = from_hugging_face(weights)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if not prefixes:
         raise ValueError(f"{path} holds no ViT backbone (no cls_token): "
-                         f"it has {sorted(weights)[:5]}")
+                         f"it has {[name[:80] for name in sorted(weights)[:5]]}")
     prefix = min(prefixes, key=lambda x: ("momentum_encoder" in x, "teacher" not in x, len(x)))
     weights = {name.removeprefix(prefix): x
                for name, x in weights.items() if name.startswith(prefix)}
@@ -455,17 +516,12 @@ def load_backbone(vit, path, num_heads=None):
 
 def fill(vit, weights, path, heads=None):
     """Put weights read from `path` into `vit`, all of them or none."""
-    own = vit.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in weights and name != "mask_token"]
-    wrong += [f"unexpected {name}" for name in weights if name not in own]
-    wrong += [f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}"
-              for name, x in weights.items() if name in own and x.shape != own[name].shape]
+    wrong = misfits(vit.state_dict(), weights, optional=["mask_token"])
     if not wrong and heads not in (None, vit.num_heads):
         wrong = [f"it was trained with {heads} attention heads, not {vit.num_heads}: take an arch "
                  f"with {heads}" + ", vit_small_12heads" * (heads == 12 and vit.embed_dim == 384)]
     if wrong:
-        raise ValueError(f"{path} does not fit this model: " + "; ".join(wrong[:8])
-                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(f"{path} does not fit this model: {listed(wrong)}")
     vit.load_state_dict(weights, strict=False)
     return vit
 
@@ -482,15 +538,20 @@ def open_backbone(path, arch=None):
     options = dict(file["args"]) if ours else {"arch": arch}
     if ours and arch not in (None, options["arch"]):
         raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
-    if options["arch"] not in ARCHS:
+    if options["arch"] not in [*ARCHS]:
         raise ValueError(f"{path} does not say its arch: add --arch, one of {', '.join(ARCHS)}")
+    patches = math.prod(weights["pos_embed"].shape[1:-1]) - 1 if "pos_embed" in weights else 0
     if not ours:
-        if not {"patch_embed.proj.weight", "pos_embed"} <= set(weights):
+        kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
+        if kernel.dim() != 4 or not kernel.numel() or patches < 1:
             raise ValueError(f"{path} has no patch_embed.proj.weight or pos_embed: "
                              "it is no ViT of timm's layout")
-        P = weights["patch_embed.proj.weight"].shape[-1]
-        options |= {"patch_size": P,
-                    "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * P}
+        P = kernel.shape[-1]
+        options |= {"patch_size": P, "image_size": math.isqrt(patches) * P}
+    S, P = options["image_size"], options["patch_size"]
+    if not (type(S) is type(P) is int and 1 <= P <= S and (S // P) ** 2 == patches):
+        raise ValueError(f"{path} does not fit itself: image_size {str(S)[:20]} and patch_size "
+                         f"{str(P)[:20]}, but positions for {patches} patches")
     vit = ARCHS[options["arch"]](image_size=options["image_size"], patch_size=options["patch_size"])
     return fill(vit, weights, path, heads if said else None), options
 
@@ -504,8 +565,7 @@ def export_backbone(vit, path):
         raise ValueError("a conv stem (vit_micro, vit_mini) has no place in timm's ViT: export "
                          "vit_tiny, vit_small or vit_base")
     weights = {name: x.cpu() for name, x in vit.state_dict().items() if name != "mask_token"}
-    with open(path, "wb") as file:
-        torch.save(weights, file)
+    write_file(path, lambda file: torch.save(weights, file))
 
 
 if __name__ == "__main__":
@@ -518,7 +578,7 @@ if __name__ == "__main__":
     try:
         vit, options = open_backbone(args.checkpoint, args.arch)
         export_backbone(vit, args.export)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"model.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(f"""{args.export} is written; in timm:
