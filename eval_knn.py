@@ -16,7 +16,11 @@ import hashlib
 import json
 import math
 import os
+import socket
 import sys
+import threading
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DATASETS, eval_batches, load_data
-from model import ARCHS, POOLS, open_backbone, pool_tokens
+from model import ARCHS, POOLS, open_backbone, pool_tokens, write_file
 
 
 def features_of(vit, images, pool):
@@ -41,11 +45,12 @@ def features_of(vit, images, pool):
 
 
 @torch.no_grad()
-def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0):
+def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0,
+                     mark=None):
     """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
 
     Images without a label and unreadable ones are left out. Over processes, each takes a share and
-    all get the whole, in order.
+    all get the whole, in order. `mark` is called with each batch: there is progress.
     """
     indices = torch.arange(len(data)) if indices is None else indices
     indices = indices[data.labels[indices] >= 0]
@@ -56,13 +61,14 @@ def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, w
     for images, label in eval_batches(data, share, size, torch.device(device), workers):
         features.append(features_of(vit, images, pool).float().cpu())
         labels.append(label)
+        if mark:
+            mark("evaluating")
     vit.train(was_training)
     both = [torch.cat(x) if x else torch.zeros(0) for x in (features, labels)]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, both)
-        both = [torch.cat(x) for x in zip(*(part for part in parts if len(part[1])))]
-    return both[0], both[1].long()
+    parts = [part for part in everywhere(both) if len(part[1])]  # a share may be empty
+    data.share()
+    features, labels = (torch.cat(x) for x in zip(*parts)) if parts else both
+    return features, labels.long()
 
 
 def knn_scores(train_features, train_labels, test_features, num_classes, ks, temperature=0.07):
@@ -158,14 +164,120 @@ def pick_device(name):
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
-def join_processes(device):
-    """Join the processes that torchrun started, if it did -> (rank, how many)."""
+# ---- one process, or many -----------------------------------------------------------------------
+
+def join_processes(device, seconds=300):
+    """Join the processes that torchrun (or RANK and its like) started, if any -> (rank, how many).
+
+    A peer that never comes, or a collective that never ends, is an error after twice `seconds`;
+    `Watch` is faster and knows whose fault it is.
+    """
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(seconds=2 * seconds))
     return dist.get_rank(), dist.get_world_size()
+
+
+def everywhere(x):
+    """A plain object of every process, in order of rank, on all of them."""
+    found = [x]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, x)
+    return found
+
+
+def agree_on_problems(parser, problem, same=None):
+    """All go on, or all end with status 2 and the problem of the first process that has one.
+
+    `same`: what must be the same everywhere; where it is not, that is a problem too.
+    """
+    found = everywhere((problem, same))
+    for rank, (text, value) in enumerate(found):
+        if text:
+            parser.error(f"process {rank}: {text}" if found[0][0] != text else text)
+        if value != found[0][1]:
+            parser.error(f"process {rank} found another state ({value}) than process 0 "
+                         f"({found[0][1]}): all must see the same folders and files")
+
+
+class Watch:
+    """Ends the processes when one of them stands still or is gone, and says which it was.
+
+    Each tells a common store how far it is (`mark`), from a thread that also looks at the others.
+    When nobody has moved for `seconds`, all end with status 1, and the one that is behind is named:
+    the others are only waiting for it.
+    """
+
+    def __init__(self, rank, world, seconds):
+        self.rank, self.world, self.seconds = rank, world, seconds
+        self.marks, self.beats, self.doing, self.over = 0, 0, "starting", False
+        if world > 1:
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                       is_master=False, timeout=timedelta(seconds=seconds))
+            self.name = f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+            self.tell()
+            threading.Thread(target=self.look, daemon=True).start()
+
+    def mark(self, doing):
+        """There is progress, and this is what comes next."""
+        self.marks, self.doing = self.marks + 1, doing
+
+    def tell(self):
+        self.beats += 1
+        self.store.set(f"{self.name}/{self.rank}", json.dumps(
+            [self.marks, self.beats, self.doing, socket.gethostname(), os.getpid()]))
+
+    def ask(self):
+        """What each process last told: {rank: [marks, beats, doing, host, pid]}."""
+        names = [f"{self.name}/{rank}" for rank in range(self.world)]
+        return {rank: json.loads(self.store.get(name)) for rank, name in enumerate(names)
+                if self.store.check([name])}
+
+    def look(self):
+        since, before = time.monotonic(), None
+        while not self.over:
+            time.sleep(min(1, self.seconds / 10))
+            try:
+                self.tell()
+                now = self.ask()
+            except Exception:  # whose store it was has gone; the collectives will say so
+                return
+            moved = {rank: x[0] for rank, x in now.items()}
+            if moved != before:
+                since, before = time.monotonic(), moved
+            elif time.monotonic() - since > self.seconds and not self.over:
+                behind = self.gone() or [rank for rank, marks in moved.items()
+                                         if marks == min(moved.values())]
+                if self.rank == min(set(now) - set(behind) or behind):
+                    print(f"nothing has moved for {self.seconds:g} s, because of "
+                          f"{self.names(behind)}: all end; the same command goes on from the "
+                          "newest checkpoint", file=sys.stderr, flush=True)
+                else:
+                    time.sleep(1)  # let that one speak
+                os._exit(1)
+
+    def gone(self, patience=3):
+        """Ranks whose threads no longer tell anything: stopped, killed, or their machine is."""
+        try:
+            before = self.ask()
+            time.sleep(patience)
+            return [rank for rank, x in self.ask().items()
+                    if x[1] == before[rank][1] and rank != self.rank]
+        except Exception:
+            return [0]  # it keeps the store, where torchrun does not
+
+    def names(self, ranks):
+        try:
+            told = self.ask()
+        except Exception:
+            told = {}
+        return " and ".join(
+            f"process {rank}" + (" (pid {4} on {3}, {2})".format(*told[rank]) if rank in told
+                                 else "") for rank in ranks)
 
 
 def evaluation_options(doc):
@@ -174,7 +286,7 @@ def evaluation_options(doc):
     add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
     add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
-    add("--data-path", help="folder of the data; default: the checkpoint's, when --data is its too")
+    add("--data-path", help="folder of the data; a path in a checkpoint is never followed")
     add("--image-size", type=positive, help="side in pixels; default: the checkpoint's")
     add("--pool", choices=[*POOLS, "last4", "pixels"],
         help="feature; default: the checkpoint's, else cls")
@@ -182,31 +294,41 @@ def evaluation_options(doc):
     add("--cache", help="folder to keep the features in, for the next call")
     add("--workers", type=natural, default=2, help="processes that decode images, for folders")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
+    add("--timeout", type=number(1), default=300.0,
+        help="seconds without progress of any process, after which all end")
     return parser
 
 
 def start(parser):
     """Command line -> options, run, (features, labels) of references and of test images."""
-    args = parser.parse_args()
+    args, problem, run = parser.parse_args(), None, None
     try:
-        run = prepare(args)
-    except ValueError as error:
+        device = pick_device(args.device)
+        rank, world = join_processes(device, args.timeout)
+        run = prepare(args, device)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    agree_on_problems(parser, problem)
+    run.rank, run.world, run.watch = rank, world, Watch(rank, world, args.timeout)
+    try:
+        return args, run, *labelled_features(run, args)
+    except ValueError as error:  # too many unreadable images
         parser.error(error)
-    return args, run, *labelled_features(run, args)
 
 
-def prepare(args):
+def prepare(args, device):
     """Options -> the network and the two sets; whatever can be wrong is found out here."""
-    device = pick_device(args.device)
     vit, options = open_backbone(args.checkpoint, args.arch)
     name = args.data or options.get("data")
     if not name:
         raise ValueError(f"{args.checkpoint} does not say its data: "
                          f"add --data {'|'.join(DATASETS)}")
-    path = args.data_path or (options.get("data_path") if name == options.get("data") else None)
-    size, pool = args.image_size or options["image_size"], args.pool or options.get("pool", "cls")
+    path, pool = args.data_path, args.pool or options.get("pool", "cls")
+    size = args.image_size or options["image_size"]
+    if name not in DATASETS or pool not in [*POOLS, "last4", "pixels"]:
+        raise ValueError(f"{args.checkpoint} was trained on {str(name)[:40]!r} with pool "
+                         f"{str(pool)[:40]!r}, which are not known here: add --data and --pool")
     vit.grid_of(size, size)  # refuses a size that the patches do not divide
-    rank, world = join_processes(device)
     train, test = load_data(name, path, size)
     if test is None:
         raise ValueError(f"--data-path {path} has no classes, or no val/ or test/ to measure by")
@@ -219,20 +341,28 @@ def prepare(args):
         with open(args.checkpoint, "rb") as file:
             key = hashlib.sha256(repr((name, path, size, pool)).encode() + file.read()).hexdigest()
     return SimpleNamespace(vit=vit.to(device), train=train, test=test, size=size, pool=pool,
-                           device=device, key=key, rank=rank, world=world)
+                           device=device, key=key)
 
 
 def labelled_features(run, args):
     """(features, labels) of references and of test images, kept in --cache where it is given."""
-    cached = args.cache and os.path.join(args.cache, run.key + ".pt")
+    cached, found = args.cache and os.path.join(args.cache, run.key + ".pt"), None
     if cached and os.path.exists(cached):
-        found, unreadable = torch.load(cached, weights_only=True)
+        try:
+            found, unreadable = torch.load(cached, weights_only=True)
+        except Exception:  # cut short by what killed its writer
+            found = None
+    if all(everywhere(bool(found))):  # one that lacks them would wait for the others for ever
         run.train.unreadable = set(unreadable)
         return found
-    found = [extract_features(run.vit, data, run.size, run.pool, run.device, workers=args.workers)
+    found = [extract_features(run.vit, data, run.size, run.pool, run.device, workers=args.workers,
+                              mark=run.watch.mark)
              for data in (run.train, run.test)]
+    if not all(len(labels) for _, labels in found):
+        raise ValueError(f"--data-path {args.data_path} has no readable labelled images in one of "
+                         "its parts: check train/ and val/")
     if cached and run.rank == 0:
-        torch.save((found, sorted(run.train.unreadable)), cached)
+        write_file(cached, lambda file: torch.save((found, sorted(run.train.unreadable)), file))
     return found
 
 

@@ -15,16 +15,16 @@ feeds every head.
 
 Left out: LARS and batches of 16384; MAE-like features gain about a point from them.
 """
+import itertools
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches
-from eval_knn import (evaluation_options, features_of, held_out, natural, number, percent, positive,
-                      report, start)
+from eval_knn import (evaluation_options, everywhere, features_of, held_out, natural, number,
+                      percent, positive, report, start)
 
 
 class Heads:
@@ -67,18 +67,20 @@ def orders(count, batch, epochs, seed):
 def augmented(run, args, index_of, mean, std):
     """(features, labels) of fresh crops (area .08 .. 1, as published) and flips, batch by batch.
 
-    Over processes each encodes its share of a batch, and all get the whole.
+    Over processes each encodes its share of a batch, and all get the whole; a last one with fewer
+    images than processes is encoded whole by each.
     """
-    steps = ((epoch, index_of[i].tensor_split(run.world)[run.rank])
-             for epoch, i in orders(len(index_of), args.batch_size, args.epochs, args.seed))
-    views = [(run.size, (0.08, 1.0))]
-    for index, (images,), _ in train_batches(run.train, steps, views, args.seed, run.device,
-                                             args.workers):
+    batches, again = itertools.tee((epoch, index_of[i]) for epoch, i in orders(
+        len(index_of), args.batch_size, args.epochs, args.seed))
+    shares = ((epoch, index.tensor_split(run.world)[run.rank] if len(index) >= run.world else index)
+              for epoch, index in batches)
+    loaded = train_batches(run.train, shares, [(run.size, (0.08, 1.0))], args.seed, run.device,
+                           args.workers)
+    for (_, whole), (index, (images,), _) in zip(again, loaded):
+        run.watch.mark("augmenting")
         batch = features_of(run.vit, images, run.pool).float().cpu(), run.train.labels[index.cpu()]
-        if run.world > 1:
-            parts = [None] * run.world
-            dist.all_gather_object(parts, batch)
-            batch = [torch.cat(x) for x in zip(*parts)]
+        if len(whole) >= run.world:
+            batch = [torch.cat(x) for x in zip(*everywhere(batch))]
         yield (batch[0] - mean) / std, batch[1]
 
 

@@ -64,7 +64,9 @@ def checkpoint(folder, tmp_path_factory):
 
 
 def evaluate(script, checkpoint, *options):
-    return call(script, "--checkpoint", checkpoint, "--workers", 0, "--device", "cpu", *options)
+    data = json.loads((checkpoint.parent / "args.json").read_text())["data_path"]
+    return call(script, "--checkpoint", checkpoint, "--data-path", data, "--workers", 0,
+                "--device", "cpu", *options)
 
 
 def last_line(capsys):
