@@ -17,7 +17,7 @@ from data import MEAN, STD, eval_batches, fold, load_data, train_batches
 from eval_knn import Parser
 from losses import pairwise_distance
 from masking import MASKS
-from model import pool_tokens
+from model import pool_tokens, read_file
 from objectives import OBJECTIVES, System
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
@@ -68,13 +68,17 @@ def curves(folder):
 
 
 @torch.no_grad()
-def masks(folder, sets=None, shown=6, each=8):
+def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, shown=6, each=8):
     """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices.
 
-    Without a teacher, the student's own view of whole images stands in its place.
+    Without a teacher, the student's own view of whole images stands in its place. Paths in the file
+    are not followed: where the images and a given teacher lie is said again.
     """
-    state = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    state = read_file(os.path.join(folder, "checkpoint.pt"))
     args, device = argparse.Namespace(**state["args"]), torch.device("cpu")
+    if args.teacher_checkpoint and not teacher_checkpoint:
+        raise ValueError("it was trained with a given teacher: add --teacher-checkpoint FILE")
+    args.data_path, args.teacher_checkpoint = data_path, teacher_checkpoint
     system = System(args).eval()
     system.load(state)
     student, teacher = system.student, system.teacher or system.student
@@ -103,8 +107,8 @@ def masks(folder, sets=None, shown=6, each=8):
                         else "a whole view (above); what the student sees of another", fontsize=10)
 
     data = test or train
-    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each]
-                        for label in data.labels.unique()[:10]])
+    labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
+    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
     images = torch.cat([x for x, _ in eval_batches(data, chosen, args.image_size, device)])
     points = {other: teacher.backbone(images),
               "student": student.backbone(images, hide(len(images), 1), drop=args.hide == "drop")}
@@ -125,8 +129,12 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("figure", choices=FIGURES, help="which picture")
     parser.add_argument("folder", help="--out-dir of a run")
+    parser.add_argument("--data-path", help="masks: where the images of a folder run are")
+    parser.add_argument("--teacher-checkpoint", help="masks: where the given teacher is")
     args = parser.parse_args()
+    where = (args.data_path, args.teacher_checkpoint) if args.figure == "masks" else ()
     try:
-        FIGURES[args.figure](args.folder)
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{args.folder} is no folder of a finished run of train.py ({error})")
+        FIGURES[args.figure](args.folder, *where)
+    except Exception as error:  # whatever is in that folder
+        parser.error(f"{args.folder}: no {args.figure} from it ({type(error).__name__}: "
+                     f"{str(error)[:300]}); give the --out-dir of a finished run of train.py")

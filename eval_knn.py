@@ -190,18 +190,19 @@ def everywhere(x):
     return found
 
 
-def agree_on_problems(parser, problem, same=None):
-    """All go on, or all end with status 2 and the problem of the first process that has one.
+def first_problem(problem, same=None):
+    """The problem of the first process that has one, for all to end by; None where there is none.
 
     `same`: what must be the same everywhere; where it is not, that is a problem too.
     """
     found = everywhere((problem, same))
     for rank, (text, value) in enumerate(found):
         if text:
-            parser.error(f"process {rank}: {text}" if found[0][0] != text else text)
+            return text if text == found[0][0] else f"process {rank}: {text}"
         if value != found[0][1]:
-            parser.error(f"process {rank} found another state ({value}) than process 0 "
-                         f"({found[0][1]}): all must see the same folders and files")
+            return (f"process {rank} found {value} and process 0 {found[0][1]}: all must see the "
+                    "same folders and files")
+    return None
 
 
 class Watch:
@@ -308,7 +309,9 @@ def start(parser):
         run = prepare(args, device)
     except (OSError, ValueError) as error:
         problem = str(error)
-    agree_on_problems(parser, problem)
+    problem = first_problem(problem)
+    if problem:
+        parser.error(problem)
     run.rank, run.world, run.watch = rank, world, Watch(rank, world, args.timeout)
     try:
         return args, run, *labelled_features(run, args)

@@ -351,10 +351,15 @@ def write_file(path, write, keep=None):
     `keep`: where the file that was there goes. OSError and RuntimeError say why it was not written.
     """
     path = os.fspath(path)
-    with open(path + ".tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            os.unlink(path + ".tmp")
+        raise
     if keep and os.path.exists(path):
         try:  # a second name: there is a whole file under `path` at every moment
             with contextlib.suppress(FileNotFoundError):

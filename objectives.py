@@ -32,7 +32,8 @@ from data import fold
 from losses import (average, byol_loss, cka_loss, cosines, dino_loss, feature_loss, info_nce_loss,
                     masked_patch_loss, masked_token_loss, move_center, nt_xent_loss, pixel_loss,
                     pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss, standardize)
-from model import ARCHS, Decoder, PrototypeHead, mlp_head, open_backbone, patchify, pool_tokens
+from model import (ARCHS, Decoder, PrototypeHead, listed, misfits, mlp_head, open_backbone,
+                   patchify, pool_tokens)
 
 
 # ---- over processes ----------------------------------------------------------------------------
@@ -702,12 +703,17 @@ class System(nn.Module):
         return state
 
     def load(self, state):
-        self.student.load_state_dict(state["student"])
+        """Take over what `save` kept: all of it, or nothing and a ValueError that lists why."""
+        parts = dict(student=self.student)
         if self.teacher:
-            self.teacher.load_state_dict(
-                state["teacher" if self.args.teacher == "ema" else "frozen"])
-        if set(state["objective"]) != set(self.state):
-            raise ValueError(f"it holds {sorted(state['objective'])}, not {sorted(self.state)}")
+            parts["teacher" if self.args.teacher == "ema" else "frozen"] = self.teacher
+        wrong = [f"{name}: {text}" for name, part in parts.items()
+                 for text in misfits(part.state_dict(), state.get(name))]
+        wrong += [f"objective: {text}" for text in misfits(self.state, state.get("objective"))]
+        if wrong:
+            raise ValueError(listed(wrong))
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         self.state = {name: x.to(self.state[name]) for name, x in state["objective"].items()}
 
 

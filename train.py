@@ -14,6 +14,7 @@ goes on where it was with the same command; one process or many give the same ru
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -29,11 +30,11 @@ from tqdm import tqdm
 
 import analyze
 from data import DATASETS, UnreadableImages, fold, load_data, train_batches
-from eval_knn import (Parser, extract_features, join_processes, knn_top1, natural, number,
-                      pick_device, positive)
+from eval_knn import (Parser, Watch, extract_features, first_problem, join_processes, knn_top1,
+                      natural, number, pick_device, positive)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
-from model import ARCHS, POOLS, ema_update
+from model import ARCHS, POOLS, ema_update, listed, misfits, read_file, write_file
 from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, check, defaults, least_images,
                         parse_loss)
 
@@ -141,6 +142,8 @@ def options():
     add("--seed", type=natural, default=0, help="of everything random")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
     add("--compile", action="store_true", help="torch.compile both networks (CUDA)")
+    add("--timeout", type=number(1), default=300.0,
+        help="seconds without progress of any process, after which all end")
     add("--out-dir", help="folder of the run; default: runs/LOSS-DATA")
     add("--resume", default="auto",
         help="auto: go on if --out-dir holds this run; none: start over; a path")
@@ -229,62 +232,139 @@ def share(run, x):
     return x[:, run.rank].flatten(0, 1)
 
 
-def save(path, state):
-    """Write a whole state, or leave the old one: temporary file, flush to disk, rename."""
+# ---- saved, and taken up again -------------------------------------------------------------------
+
+def warn(text):
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def made(run):
+    """What a run may change on its way without becoming another, but no longer bitwise the same."""
+    return dict(processes=run.world, device=run.device.type, torch=str(torch.__version__),
+                threads=torch.get_num_threads(), images=len(run.train_set))
+
+
+def save_run(run, row=None):
+    """Replace checkpoint.pt, keep the one before as previous.pt; `row` is still to be evaluated."""
+    if run.rank:
+        return
+    state = dict(run.system.save(), optimizer=run.optimizer.state_dict(), step=run.step,
+                 args=vars(run.args), skipped=run.skipped, row=row or {}, made=made(run))
+    path, previous = run.places
     try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        print(f"could not save {path} ({error}): training goes on, and will try again",
-              file=sys.stderr)
+        write_file(path, lambda file: torch.save(state, file), keep=previous)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
+        warn(f"could not save {path} ({error}): training goes on, and will try again")
 
 
 # options that may change when a run goes on
 FREE = ("recipe data_path workers max_steps device compile out_dir resume "
-        "save_every log_every eval_every").split()
+        "save_every log_every eval_every timeout").split()
+
+
+def open_state(path):
+    """A checkpoint of train.py, as plain data; ValueError where it is none."""
+    state = read_file(path)
+    if not (isinstance(state, dict) and isinstance(state.get("args"), dict)
+            and type(state.get("step")) is int and state["step"] >= 0):
+        raise ValueError(f"{path} is no checkpoint of train.py")
+    return state
+
+
+def load_state(run, state):
+    """Take over student, teacher, optimizer and counts: all, or nothing and a ValueError."""
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    optimizer, wrong = state.get("optimizer"), []
+    moments = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(moments, dict) or not set(moments) <= set(range(len(parameters))):
+        raise ValueError("its optimizer is of other parameters")
+    for index, entry in moments.items():
+        own = dict(step=torch.tensor(0.0), exp_avg=parameters[index], exp_avg_sq=parameters[index])
+        each = misfits(own, entry) or ["negative"] * bool(
+            entry["step"] < 0 or (entry["exp_avg_sq"] < 0).any())
+        wrong += [f"optimizer of parameter {index}: {text}" for text in each]
+    skipped = state.get("skipped", [0, 0])
+    if not (isinstance(skipped, list) and [type(x) for x in skipped] == [int, int]):
+        wrong.append("skipped is no pair of counts")
+    if wrong:
+        raise ValueError(listed(wrong))
+    run.system.load(state)
+    # moments alone: the options of this run rule, not those in the file
+    run.optimizer.load_state_dict(dict(run.optimizer.state_dict(), state=moments))
+    run.step, run.skipped = state["step"], skipped
+    row = state.get("row") if isinstance(state.get("row"), dict) else {}
+    run.row = {str(name): x for name, x in row.items() if type(x) in (int, float)}
 
 
 def resume(run):
-    """Load the newest state of this run, if there is one and it is asked for."""
-    args, path = run.args, os.path.join(run.args.out_dir, "checkpoint.pt")
-    if args.resume == "none":
-        for old in (path, os.path.join(args.out_dir, "log.jsonl")):  # nothing saved is lost
-            if run.rank == 0 and os.path.exists(old):
-                os.replace(old, old + ".old")
+    """Take over the newest whole state of this run, if there is one and it is asked for."""
+    args, other = run.args, []
+    here = [path for path in run.places if os.path.exists(path)]
+    if args.resume == "none" and not run.restarted:
         return
-    if args.resume == "auto" and not os.path.exists(path):
-        return
-    path = path if args.resume == "auto" else args.resume
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        was = state["args"]
-        other = [f"--{name.replace('_', '-')} {was.get(name)} (now {value})"
-                 for name, value in vars(args).items()
-                 if name not in FREE and was.get(name) != value]
-        if other and args.resume == "auto":
+    given = args.resume not in ("auto", "none")
+    own = given and os.path.exists(args.resume) and any(
+        os.path.samefile(args.resume, path) for path in here)
+    free = given and (own or not here)  # else a state in --out-dir must be of this very run
+    problems = []
+    for path in [args.resume] if free else here:
+        try:
+            state = open_state(path)
+            other = [f"--{name.replace('_', '-')} {str(state['args'].get(name))[:60]} (now {value})"
+                     for name, value in vars(args).items()
+                     if name not in FREE and state["args"].get(name) != value]
+            if given and not free and state["args"].get("resume") != args.resume:
+                other.append(f"--resume {str(state['args'].get('resume'))[:60]} (now {args.resume})")
+            if not other or free:
+                load_state(run, state)
+        except (ValueError, RuntimeError) as error:  # broken: the one before may be whole
+            problems.append(f"--resume {path}: no checkpoint of such a run ({str(error)[:400]})")
+            continue
+        if other and not free:
             raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
                              "--out-dir, the same options, --resume none to start over, or "
                              "--resume with its path")
-        run.system.load(state)
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step = state["step"]
-    except ValueError:
-        raise
-    except Exception as error:  # missing, cut, not ours, of another size
-        raise ValueError(f"--resume {path}: no checkpoint of such a run ({type(error).__name__}: "
-                         f"{str(error)[:200]}); --resume none starts over") from error
+        break
+    else:
+        if problems:
+            raise ValueError("; ".join(problems)[:900] + "; --resume none starts over")
+        return
     if run.rank == 0:
-        print(f"resumed {path} at step {run.step}" + f"; it had {', '.join(other)}" * bool(other))
+        was = state.get("made") if isinstance(state.get("made"), dict) else {}
+        changed = [f"{name} {str(was[name])[:40]} (now {value})" for name, value in
+                   made(run).items() if name in was and was[name] != value]
+        for text in problems:
+            warn(f"{text}; took the state before")
+        print(f"resumed {path} at step {run.step}" + f"; it had {', '.join(other)}" * bool(other)
+              + f"; it was made with {', '.join(changed)}, so from here it is no longer bitwise the "
+              "same run, and with other images another order" * bool(changed))
+
+
+def open_folder(run):
+    """Make --out-dir and see that it can be written; what --resume none finds there is kept."""
+    args = run.args
+    log = os.path.join(args.out_dir, "log.jsonl")
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        if args.resume == "none" and not run.restarted:
+            for path in (*run.places, log):  # nothing saved is lost
+                names = (f"{path}.old{n or ''}" for n in itertools.count())
+                if os.path.exists(path):
+                    os.replace(path, next(name for name in names if not os.path.exists(name)))
+        write_file(os.path.join(args.out_dir, "args.json"),
+                   lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
+    except OSError as error:
+        if not run.step:
+            raise ValueError(f"--out-dir {args.out_dir} cannot be written: {error}") from error
+        warn(f"--out-dir {args.out_dir} cannot be written ({error}): training goes on")
 
 
 def evaluate(run):
     """k-NN accuracy of frozen features, plain and centred, in percent: the teacher's, if ema."""
-    train, test = features_for(run, run.args.pool)
-    return dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
-                knn_top1_centered=knn_top1(train, test, center=True))
+    with interruptible(run):
+        train, test = features_for(run, run.args.pool)
+        return dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
+                    knn_top1_centered=knn_top1(train, test, center=True))
 
 
 def features_for(run, pool, most=50000):
@@ -292,8 +372,34 @@ def features_for(run, pool, most=50000):
     some = [torch.linspace(0, len(data) - 1, min(len(data), most)).long()
             for data in (run.train_set, run.test_set)]
     return [extract_features(run.system.kept.backbone, data, run.args.image_size, pool, run.device,
-                             indices, run.args.workers)
+                             indices, run.args.workers, run.watch.mark)
             for data, indices in zip((run.train_set, run.test_set), some)]
+
+
+def listen(run):
+    """Note SIGTERM, SIGINT and SIGUSR1: the loop finishes its step, saves and leaves."""
+    me = os.getpid()  # workers inherit the handler
+
+    def heard(number, _):
+        run.asked.append(number)
+        if run.evaluating and os.getpid() == me:
+            sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # not all on Windows
+            signal.signal(getattr(signal, name), heard)
+
+
+@contextlib.contextmanager
+def interruptible(run):
+    """An evaluation takes minutes; the state is saved before it, so a signal ends it at once."""
+    if run.asked:
+        sys.exit(128 + run.asked[-1])
+    run.evaluating = True
+    try:
+        yield
+    finally:
+        run.evaluating = False
 
 
 class Log:
@@ -302,49 +408,68 @@ class Log:
     def __init__(self, run):
         self.run, self.on = run, run.rank == 0
         self.path = os.path.join(run.args.out_dir, "log.jsonl")
-        self.rows, self.said = [], set()
-        if self.on and os.path.exists(self.path):
-            with open(self.path) as file:
-                rows = [json.loads(line) for line in file if line.endswith("}\n")]
-            self.rows = [row for row in rows if row["step"] <= run.step and run.step]
-        if self.on:
-            with open(self.path, "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.rows, self.said, self.torn = [], set(), True
+        if not self.on:
+            return
+        with contextlib.suppress(OSError), open(self.path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut
+                    row = json.loads(line)
+                    self.rows += [row] * (line.endswith("\n") and 0 <= row["step"] <= run.step)
+        self.rows *= bool(run.step)
+        self.watch(quiet=True)  # what was said before the resume
+        self.put()
+
+    def put(self):
+        """Append the last row, or write all where the file is not as it should be."""
+        try:
+            if self.torn:
+                write_file(self.path, lambda file: file.writelines(
+                    json.dumps(row).encode() + b"\n" for row in self.rows))
+            else:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(self.rows[-1]) + "\n")
+            self.torn = False
+        except OSError as error:
+            if not self.torn:
+                warn(f"could not write {self.path} ({error}): its rows are kept and written later")
+            self.torn = True
 
     def write(self, row):
         if not self.on:
             return
-        self.rows.append({name: float(f"{x:.6g}") if isinstance(x, float) else x
-                          for name, x in row.items()})
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        self.rows.append({name: rounded(x) for name, x in row.items()})
+        self.put()
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
                                  for name in shown.split() if name in row))
         self.watch()
 
-    def watch(self):
+    def watch(self, quiet=False):
         """Say once, in plain words, what a collapse looks like in the rows."""
-        rows = [row for row in self.rows if "loss" in row]
+        rows = [row for row in self.rows if "effective_rank" in row]  # not of a skipped step
         if len(rows) < 5:
             return
         if max(row["effective_rank"] for row in rows[-3:]) < rows[0]["effective_rank"] / 2:
-            self.say("the effective rank of the points fell below half of its start: they collapse "
+            self.say("rank", quiet, "the effective rank of the points fell below half of its start: they collapse "
                      "onto few directions; try a lower --lr, a smaller --pull-weight or a "
                      "--momentum closer to 1")
+        if max(row["feature_std"] for row in rows[-3:]) < rows[0]["feature_std"] / 10:
+            self.say("spread", quiet, "the spread of the points fell below a tenth of its start: they are nearly "
+                     "all one; try a lower --lr, a longer --warmup or a --momentum closer to 1")
         for name in [name for name in rows[-1] if f"collapsed_{name}" in rows[-1]]:
             plateau = f"collapsed_{name}"
             if self.run.step > self.run.total / 5 and all(
                     abs(row[name] - row[plateau]) < 0.02 * row[plateau] for row in rows[-5:]):
-                self.say(f"the {name} loss stays at {rows[-1][name]:.4g}, its value for a student "
+                self.say(name, quiet, f"the {name} loss stays at {rows[-1][name]:.4g}, its value for a student "
                          "whose points are all one: nothing is learned; try a lower --lr or a "
                          "longer --warmup")
 
-    def say(self, text):
-        if text not in self.said:
-            self.said.add(text)
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+    def say(self, what, quiet, text):
+        if what not in self.said and not quiet:
+            warn(text)
+        self.said.add(what)
 
 
 def agree(run, flag):
@@ -365,13 +490,46 @@ def first_row(run):
     return row
 
 
-def check_finite(run, row):
-    """Stop, with what was seen last, before a broken state is saved."""
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
-        print(f"step {run.step}: the loss or its gradient is not finite: {json.dumps(row)}; try a "
-              f"lower --lr or a longer --warmup; {run.args.out_dir} keeps the last good state",
+def rounded(x):
+    """A float as a log has it; what is not finite becomes None, for JSON has no word for it."""
+    if not isinstance(x, float):
+        return x
+    return float(f"{x:.6g}") if math.isfinite(x) else None
+
+
+PATIENCE = 5  # skipped steps in a row
+
+
+def skip(run, log, row):
+    """Count a step whose gradient is not finite; stop after several, with something to look at."""
+    run.skipped = [run.skipped[0] + 1, run.skipped[1] + 1]
+    many = min(PATIENCE, run.stop)
+    if run.rank == 0 and run.skipped[1] == 1:
+        warn(f"step {run.step + 1}: the loss or its gradient is not finite: skipped (after {many} "
+             "in a row the run stops)")
+    if run.skipped[1] < many:
+        return
+    path = os.path.join(run.args.out_dir, "dump.json")
+    order = sample_order(len(run.train_set), run.step, run.step + 1, run.args, 0, 1)
+    images = torch.cat([index for _, index in order]).tolist()
+    squares = {}
+    for name, p in run.system.student.named_parameters():
+        if p.grad is not None:
+            block = ".".join(name.split(".")[:3 if "blocks" in name else 2])
+            squares[block] = squares.get(block, 0.0) + p.grad.float().square().sum().item()
+    dump = dict(row, step=run.step + 1, images=images, last_rows=log.rows[-100:],
+                gradient_norms={block: str(math.sqrt(x)) for block, x in squares.items()})
+    dump = {name: str(x) if isinstance(x, float) else x for name, x in dump.items()}
+    if run.rank == 0:
+        try:
+            write_file(path, lambda file: file.write(json.dumps(dump, indent=1).encode()))
+        except OSError as error:
+            warn(f"could not write {path} ({error})")
+        print(f"step {run.step + 1}: {many} steps in a row were not finite: see {path} for images, "
+              f"gradients and the last rows. {run.args.out_dir} keeps the last good state: "
+              f"--resume {run.places[0]} with a lower --lr or a longer --warmup goes on from it",
               file=sys.stderr)
-        sys.exit(1)
+    sys.exit(1)
 
 
 def numbers(run, logs):
@@ -386,21 +544,21 @@ def numbers(run, logs):
 
 
 def clip(run, parameters):
-    """Clip gradients, together or (--clip-each, as DINO) each by itself -> their norm before."""
-    limit = run.args.clip_grad or math.inf
-    if not run.args.clip_each:
-        return nn.utils.clip_grad_norm_(parameters, limit)
+    """Clip gradients, together or (--clip-each, as DINO) each by itself -> their norm before.
+
+    Where that is not finite nothing is touched.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1)))
-    return norms.norm()
-
-
-def save_run(run):
-    if run.rank == 0:
-        save(os.path.join(run.args.out_dir, "checkpoint.pt"),
-             dict(run.system.save(), optimizer=run.optimizer.state_dict(), step=run.step,
-                  args=vars(run.args)))
+    limit, norms = run.args.clip_grad or math.inf, torch.stack(torch._foreach_norm(gradients))
+    norm = norms.norm()
+    value = norm.item()  # the one wait for the GPU in a step
+    if not math.isfinite(value) or limit == math.inf:
+        return value
+    if run.args.clip_each:
+        torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1)))
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
 
 
 # ---- one run, top to bottom --------------------------------------------------------------------
@@ -439,37 +597,65 @@ def refuse_masks(args, grid):
 def prepare(args):
     """All before the first step: whatever can be wrong with the options is found out here."""
     # -- set-up
-    run = types.SimpleNamespace(args=args, step=0, device=pick_device(args.device))
+    run = types.SimpleNamespace(args=args, step=0, device=pick_device(args.device), row={},
+                                skipped=[0, 0], asked=[], evaluating=False)
     refuse(args)
-
-    # -- student, teacher and what is asked of them
-    run.system = System(args).to(run.device)
-    vit = run.system.student.backbone
-    refuse_masks(args, vit.grid)
-
-    # -- data
-    run.rank, run.world = join_processes(run.device)
-    run.train_set, run.test_set = load_data(args.data, args.data_path, args.image_size)
-    count = len(run.train_set)
-    if count < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
-    run.total = round((args.epochs or 20) * (count // args.batch_size))
-    if args.max_steps and not args.epochs:
-        run.total = args.max_steps
-    run.stop = min(run.total, args.max_steps or run.total)
-    if run.stop < args.stages:
-        raise ValueError(f"{run.stop} steps (--epochs {args.epochs} of {count} images, batches of "
-                         f"{args.batch_size}) are less than one a stage: raise --epochs")
-    run.stage = math.ceil(run.total / args.stages)  # its length
+    run.rank, run.world = join_processes(run.device, args.timeout)
+    problem = None
+    try:
+        set_up(run)
+    except ValueError as error:
+        problem = str(error)
+    problem = first_problem(problem, dict(step=run.step, images=getattr(run, "count", None)))
+    if problem:
+        raise ValueError(problem)
 
     # -- over processes, compiled
     run.network = run.system  # the raw one is saved
     if args.compile:
-        vit.compile()
+        run.system.student.backbone.compile()
         if run.system.teacher:
             run.system.teacher.backbone.compile()
     if run.world > 1:
         run.network = nn.parallel.DistributedDataParallel(run.system, broadcast_buffers=False)
+    run.watch = Watch(run.rank, run.world, args.timeout)
+
+    # -- views; colours of the local ones as BYOL's of both together
+    small = max(1, round(args.image_size * 96 / 224 / args.patch_size)) * args.patch_size
+    local = args.local_crops  # DINO: 96 of 224, area from .05 to that of the global ones
+    views = ([(args.image_size, args.crop_scale)] * args.global_crops
+             + [(small, (0.05, args.crop_scale[0]))] * local)
+    order = sample_order(run.count, run.step, run.stop, args, run.rank, run.world)
+    run.batches = train_batches(
+        run.train_set, order, views, args.seed, run.device, args.workers, jitter=args.jitter,
+        hue=args.hue, grey_probability=args.grey,
+        blur_probability=args.blur[:args.global_crops] + [0.5 * any(args.blur)] * local,
+        solarize_probability=args.solarize[:args.global_crops] + [0.0] * local)
+    return run
+
+
+def set_up(run):
+    """What each process does alone, so that all can hear of the problem of one."""
+    args = run.args
+
+    # -- student, teacher and what is asked of them
+    run.system = System(args).to(run.device)
+    refuse_masks(args, run.system.student.backbone.grid)
+
+    # -- data
+    run.train_set, run.test_set = load_data(args.data, args.data_path, args.image_size)
+    run.count = len(run.train_set)
+    if run.count < args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {run.count} training "
+                         "images")
+    run.total = round((args.epochs or 20) * (run.count // args.batch_size))
+    if args.max_steps and not args.epochs:
+        run.total = args.max_steps
+    run.stop = min(run.total, args.max_steps or run.total)
+    if run.stop < args.stages:
+        raise ValueError(f"{run.stop} steps (--epochs {args.epochs} of {run.count} images, batches "
+                         f"of {args.batch_size}) are less than one a stage: raise --epochs")
+    run.stage = math.ceil(run.total / args.stages)  # its length
 
     # -- optimizer. Weight decay: matrices only. eps: relations see no norm.bias, attention no bias
     # of its keys; their gradients are rounding noise that the usual 1e-8 would raise to full steps
@@ -481,40 +667,27 @@ def prepare(args):
 
     # -- resume
     args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{args.data}"
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out-dir {args.out_dir} cannot be made: {error}") from error
+    run.places = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
+    restarted = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT",
+                                                        "SLURM_RESTART_COUNT"))
+    run.restarted = any(count != "0" for count in restarted)  # by a launcher, with the same options
     resume(run)
-
-    # -- views; colours of the local ones as BYOL's of both together
-    small = max(1, round(args.image_size * 96 / 224 / args.patch_size)) * args.patch_size
-    local = args.local_crops  # DINO: 96 of 224, area from .05 to that of the global ones
-    views = ([(args.image_size, args.crop_scale)] * args.global_crops
-             + [(small, (0.05, args.crop_scale[0]))] * local)
-    order = sample_order(count, run.step, run.stop, args, run.rank, run.world)
-    run.batches = train_batches(
-        run.train_set, order, views, args.seed, run.device, args.workers, jitter=args.jitter,
-        hue=args.hue, grey_probability=args.grey,
-        blur_probability=args.blur[:args.global_crops] + [0.5 * any(args.blur)] * local,
-        solarize_probability=args.solarize[:args.global_crops] + [0.0] * local)
-    return run
+    if run.rank == 0:
+        open_folder(run)
 
 
 def train(run):
     """The loop, and what is written before, in and after it."""
-    args, log, every = run.args, Log(run), run.args.eval_every or math.ceil(run.stop / 10)
-    system, parameters = run.system, [p for p in run.system.parameters() if p.requires_grad]
-    asked = []  # signals received: finish the step, save, leave
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: asked.append(number))
-    if run.rank == 0:
-        with open(os.path.join(args.out_dir, "args.json"), "w") as file:
-            json.dump(vars(args), file, indent=1)
+    args, every, watch = run.args, run.args.eval_every or math.ceil(run.stop / 10), run.watch
+    listen(run)
+    log, system = Log(run), run.system
+    parameters = [p for p in system.parameters() if p.requires_grad]
     if run.test_set is None and run.rank == 0:
         print(f"{args.data_path} has no classes, or no val/ or test/: training without k-NN")
     if run.step == 0:
         log.write(first_row(run))
+    elif run.row and (not log.rows or log.rows[-1]["step"] < run.step):
+        log.write(run.row | evaluate(run))  # the evaluation in which it was stopped
     bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported()
     autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
     bar = tqdm(initial=run.step * args.batch_size, total=run.stop * args.batch_size, unit="img",
@@ -529,49 +702,70 @@ def train(run):
         for group, weight_decay in zip(run.optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)
         torch.manual_seed(fold(args.seed, 3, step, run.rank))  # of drop-path, the only draw from it
+        remembered = dict(system.state)
         for piece in range(args.grad_accum):
             start = time.perf_counter()
+            watch.mark(f"waiting for images at step {step + 1}")
             _, weak, strong = next(run.batches)
+            watch.mark(f"computing step {step + 1}")
             waited += time.perf_counter() - start
             mask = draw_masks(run, step, piece, weak)
             wait = run.world > 1 and piece < args.grad_accum - 1  # the last averages over processes
             with run.network.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
                     loss, logs, points = run.network(strong, weak, mask, place / run.stage)
-                (loss / args.grad_accum).backward()  # outside: geometry keeps its float32
+                # outside autocast: geometry keeps its float32. The factor is 1, or NaN where the
+                # loss is not finite: so all processes learn it from their common gradient
+                (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
         norm = clip(run, parameters)
-        if place < args.freeze_last_layer * run.stage:
-            system.student.rest_prototypes()
-        run.optimizer.step()
+        finite = math.isfinite(norm)
+        if finite:
+            if place < args.freeze_last_layer * run.stage:
+                system.student.rest_prototypes()
+            run.optimizer.step()
+            if args.teacher == "ema":
+                ema_update(system.teacher, system.student, momentum)
+            run.skipped[1] = 0
+        else:
+            system.state = remembered
+            skip(run, log, dict(loss=loss.item(), lr=lr, weight_decay=decay, momentum=momentum))
         run.optimizer.zero_grad(set_to_none=True)
-        if args.teacher == "ema":
-            ema_update(system.teacher, system.student, momentum)
         run.step, steps = step + 1, steps + 1
         bar.update(args.batch_size)
 
         evaluating = run.test_set is not None and (run.step % every == 0 or run.step == run.stop)
         saving = run.step % args.save_every == 0 or run.step == run.stop
         logging = evaluating or saving or run.step == 1 or run.step % args.log_every == 0
-        stopping = agree(run, max(asked, default=0)) if logging or run.device.type == "cpu" else 0
+        if logging or run.device.type == "cpu":
+            stopping = agree(run, max(run.asked, default=0))
+        row = {}
         if logging or stopping:
             rate = steps * args.batch_size / (time.perf_counter() - since)
             row = dict(step=run.step, epoch=run.step * args.batch_size / len(run.train_set),
                        **numbers(run, dict(loss=loss, **logs)),
-                       lr=lr, weight_decay=decay, momentum=momentum, gradient_norm=norm.item(),
-                       **panel(*points), images_per_second=rate, data_seconds=waited / steps)
-            check_finite(run, row)
+                       lr=lr, weight_decay=decay, momentum=momentum, gradient_norm=norm,
+                       **(panel(*points) if finite else {}), skipped_steps=run.skipped[0],
+                       images_per_second=rate, data_seconds=waited / steps)
+            row = {name: rounded(x) for name, x in row.items()}
             run.train_set.share()
+        if saving or evaluating or stopping:  # first, for an evaluation can be long
+            save_run(run, row if evaluating else None)
+        if row and not (evaluating and stopping):
             log.write(row | (evaluate(run) if evaluating else {}))
             since, waited, steps = time.perf_counter(), 0.0, 0
-        if saving or stopping:
-            save_run(run)
         if stopping:
             break
 
     bar.close()
+    watch.over = True
     if run.rank == 0:
-        analyze.curves(args.out_dir)
-        analyze.masks(args.out_dir, (run.train_set, run.test_set))
+        try:
+            analyze.curves(args.out_dir)
+            if not stopping:  # seconds count
+                analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
+                              (run.train_set, run.test_set))
+        except OSError as error:
+            warn(f"could not draw into {args.out_dir} ({error})")
         done = "stopped" if stopping else "finished"
         print(f"{done} at step {run.step} of {run.total}: see {args.out_dir}")
     if run.world > 1:
@@ -580,15 +774,26 @@ def train(run):
 
 
 def main():
-    args, parser = parse(), options()
+    args, parser, run = parse(), options(), None
     try:
         run = prepare(args)
     except ValueError as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     try:
         return train(run)
     except UnreadableImages as error:
         parser.error(error)
+    except RuntimeError:
+        gone = run.watch.gone() if run.world > 1 else []
+        if run.asked:  # a signal for all, and another process has left already
+            return 128 + run.asked[-1]
+        if not gone:
+            raise
+        print(f"process {run.rank} leaves at step {run.step}, because {run.watch.names(gone)} is "
+              "gone; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
