@@ -35,6 +35,8 @@ def curves(folder):
     """curves.png from log.jsonl and args.json."""
     with open(os.path.join(folder, "log.jsonl")) as file:
         rows = [json.loads(line) for line in file]
+    if not all(isinstance(x, (int, float, type(None))) for row in rows for x in row.values()):
+        raise ValueError("log.jsonl has something else than numbers")
     with open(os.path.join(folder, "args.json")) as file:
         kept = "teacher" if json.load(file)["teacher"] == "ema" else "student"
     figure, axes = new_figure("abc", (12, 3.4))

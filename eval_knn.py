@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DATASETS, eval_batches, load_data
-from model import ARCHS, POOLS, open_backbone, pool_tokens, write_file
+from model import ARCHS, POOLS, one_line, open_backbone, pool_tokens, write_file
 
 
 def features_of(vit, images, pool):
@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{self.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+            print(f"{self.prog}: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -131,17 +131,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The header of the file as it is written, and each default behind its help."""
 
 
-def natural(text, least=0):
-    """An argparse type: a whole number from 0, of 32 bits."""
-    value = int(text)
-    if not least <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} must lie in {least} .. {2**32 - 1}")
-    return value
+def whole(least, most):
+    """An argparse type: a whole number in least .. most."""
+    def whole(text):
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} must lie in {least} .. {most}")
+        return value
+    return whole
 
 
-def positive(text):
-    """An argparse type: a whole number from 1."""
-    return natural(text, 1)
+natural, positive = whole(0, 2**32 - 1), whole(1, 2**32 - 1)
 
 
 def number(low, high=math.inf):
@@ -288,12 +288,12 @@ def evaluation_options(doc):
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
     add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
     add("--data-path", help="folder of the data; a path in a checkpoint is never followed")
-    add("--image-size", type=positive, help="side in pixels; default: the checkpoint's")
+    add("--image-size", type=whole(1, 8192), help="side in pixels; default: the checkpoint's")
     add("--pool", choices=[*POOLS, "last4", "pixels"],
         help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
     add("--cache", help="folder to keep the features in, for the next call")
-    add("--workers", type=natural, default=2, help="processes that decode images, for folders")
+    add("--workers", type=whole(0, 512), default=2, help="processes that decode images, for folders")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
     add("--timeout", type=number(1), default=300.0,
         help="seconds without progress of any process, after which all end")

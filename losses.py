@@ -360,9 +360,13 @@ def check_pairs(a, b, least):
 def effective_rank(x):
     """exp of the entropy of the normalised singular values of centred (N, D) (Roy & Vetterli 2007).
 
-    Between 1 and min(N, D); falls towards 1 when the features collapse onto a line.
+    Between 1 and min(N, D); falls towards 1 when the features collapse onto a line. NaN where a
+    feature is not finite.
     """
-    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
+    x = (x - x.mean(0)).float().cpu()
+    if not x.isfinite().all():  # LAPACK would not return
+        return torch.nan
+    values = torch.linalg.svdvals(x)
     p = values / values.sum().clamp_min(1e-12)
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()
 

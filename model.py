@@ -356,19 +356,19 @@ def write_file(path, write, keep=None):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            try:  # a second name: there is a whole file under `path` at every moment
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(keep + ".tmp")
+                os.link(path, keep + ".tmp")
+                os.replace(keep + ".tmp", keep)
+            except OSError:  # not every disk has links
+                os.replace(path, keep)
+        os.replace(path + ".tmp", path)
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk needs the room
             os.unlink(path + ".tmp")
         raise
-    if keep and os.path.exists(path):
-        try:  # a second name: there is a whole file under `path` at every moment
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(keep + ".tmp")
-            os.link(path, keep + ".tmp")
-            os.replace(keep + ".tmp", keep)
-        except OSError:  # not every disk has links
-            os.replace(path, keep)
-    os.replace(path + ".tmp", path)
     with contextlib.suppress(OSError):  # the new name itself to disk, where folders can be opened
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
@@ -557,8 +557,11 @@ def open_backbone(path, arch=None):
     if not (type(S) is type(P) is int and 1 <= P <= S and (S // P) ** 2 == patches):
         raise ValueError(f"{path} does not fit itself: image_size {str(S)[:20]} and patch_size "
                          f"{str(P)[:20]}, but positions for {patches} patches")
-    vit = ARCHS[options["arch"]](image_size=options["image_size"], patch_size=options["patch_size"])
-    return fill(vit, weights, path, heads if said else None), options
+    vit = ARCHS[options["arch"]](image_size=S, patch_size=P)
+    try:
+        return fill(vit, weights, path, heads if said else None), options
+    except ValueError as error:
+        raise ValueError(f"{error}; is it of another --arch?" if not ours else error) from None
 
 
 def export_backbone(vit, path):
@@ -573,19 +576,32 @@ def export_backbone(vit, path):
     write_file(path, lambda file: torch.save(weights, file))
 
 
+def one_line(message, most=900):
+    """An error message as one line that fits a screen: long words and long middles are cut."""
+    words = (word if len(word) <= 200 else f"{word[:100]}..{word[-60:]}"
+             for word in str(message).split())
+    text = " ".join(words)
+    return text if len(text) <= most else f"{text[:most - 300]} .. {text[-290:]}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda text: parser.exit(2, f"model.py: error: {one_line(text)}\n")
     parser.add_argument("--checkpoint", required=True, help="ours, or any that load_backbone reads")
     parser.add_argument("--arch", choices=ARCHS, help="only for weights that do not say theirs")
     parser.add_argument("--export", required=True, metavar="FILE", help="where to write")
     args = parser.parse_args()
     try:
         vit, options = open_backbone(args.checkpoint, args.arch)
+        if os.path.exists(args.export) and os.path.samefile(args.checkpoint, args.export):
+            raise ValueError(f"--export {args.export} is the --checkpoint itself: take another")
         export_backbone(vit, args.export)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"model.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except ValueError as error:
+        parser.error(error)
+    except (OSError, RuntimeError) as error:
+        parser.error(f"--export {args.export} cannot be written ({error}): take a file in a folder "
+                     "that exists")
     print(f"""{args.export} is written; in timm:
 vit = timm.create_model("{options["arch"].removesuffix("_12heads")}_patch16_224", num_classes=0,
                         img_size={options["image_size"]}, patch_size={options["patch_size"]},

@@ -643,7 +643,11 @@ class System(nn.Module):
         self.args, self.terms, self.teacher = args, parse_loss(args.loss), None
         given = None
         if args.teacher_checkpoint:
-            given, _ = open_backbone(args.teacher_checkpoint, args.teacher_arch)
+            try:
+                given, _ = open_backbone(args.teacher_checkpoint, args.teacher_arch)
+            except ValueError as error:
+                text = str(error).replace("--arch", "--teacher-arch")
+                raise ValueError(f"--teacher-checkpoint: {text}") from error
             if given.patch_size != args.patch_size:
                 raise ValueError(f"--teacher-checkpoint {args.teacher_checkpoint} has patches of "
                                  f"{given.patch_size} pixels, the student of {args.patch_size}: "

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import analyze
 from data import DATASETS, UnreadableImages, fold, load_data, train_batches
 from eval_knn import (Parser, Watch, extract_features, first_problem, join_processes, knn_top1,
-                      natural, number, pick_device, positive)
+                      natural, number, pick_device, positive, whole)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update, listed, misfits, read_file, write_file
@@ -51,27 +51,27 @@ def options():
         help="textures is built in, folder any of yours")
     add("--data-path",
         help="folder: train/CLASS/image and val/CLASS/image; else where the set is or goes")
-    add("--workers", type=natural, default=4,
+    add("--workers", type=whole(0, 512), default=4,
         help="decoding processes for each process, for folders")
 
     add = parser.add_argument_group("student").add_argument
     add("--arch", default="vit_micro", choices=ARCHS, help="size of the ViT")
-    add("--image-size", type=positive, default=32, help="side of a global view in pixels")
-    add("--patch-size", type=positive, default=8,
+    add("--image-size", type=whole(1, 8192), default=32, help="side of a global view in pixels")
+    add("--patch-size", type=whole(1, 8192), default=8,
         help="side in pixels; smaller learns more, costs more")
     add("--pool", default="mean", choices=POOLS, help="feature of an image: of its patches, or CLS")
-    add("--projection", type=natural, default=0,
+    add("--projection", type=whole(0, 2**16), default=0,
         help="width of what simclr, moco, byol, dino, ibot compare; 0: as published")
-    add("--head", type=natural, default=0,
+    add("--head", type=whole(0, 2**16), default=0,
         help="rkd: width of a projection head; 0 relates the features")
-    add("--head-hidden", type=natural, default=0, help="width inside heads; 0: 4 times the ViT's")
+    add("--head-hidden", type=whole(0, 2**16), default=0, help="width inside heads; 0: 4 times the ViT's")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
         help="in dino's and ibot's; try it when they collapse")
     add("--predictor", action="store_true", help="rkd: a second MLP on the student alone")
-    add("--prototypes", type=positive, default=1024, help="of dino and ibot; words of beit")
-    add("--decoder", type=positive, nargs=2, default=[128, 2], help="width and depth, of mae, dbot")
+    add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
+    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="width and depth, of mae, dbot")
     add("--tokenizer", default="random", choices=TOKENIZERS, help="where beit's words come from")
-    add("--drop-path", type=fraction, default=0.0, help="stochastic depth; .1 for vit_base")
+    add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
     add("--fixed-pos", action="store_true", help="sine-cosine positions that are not learned")
     add("--freeze-patch-embed", action="store_true", help="leave it random (steadies moco)")
 
@@ -94,7 +94,7 @@ def options():
     add("--global-crops", type=int, choices=[1, 2], default=2,
         help="views of an image; published masked prediction has 1")
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
-    add("--local-crops", type=natural, default=0,
+    add("--local-crops", type=whole(0, 64), default=0,
         help="more, small student views (DINO's multi-crop)")
     add("--jitter", type=fraction, default=0.4, help="of brightness, contrast and saturation")
     add("--hue", type=number(0, 0.5), default=0.5,
@@ -134,7 +134,7 @@ def options():
         help="share of the run in which lr rises; more if unstable")
     add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05],
         help="start and end (cosine)")
-    add("--beta2", type=fraction, default=0.95, help="AdamW's; lower if the loss jumps")
+    add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW's; lower if the loss jumps")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
     add("--clip-each", action="store_true", help="clip each parameter by itself (DINO)")
 
@@ -313,8 +313,9 @@ def resume(run):
             other = [f"--{name.replace('_', '-')} {str(state['args'].get(name))[:60]} (now {value})"
                      for name, value in vars(args).items()
                      if name not in FREE and state["args"].get(name) != value]
-            if given and not free and state["args"].get("resume") != args.resume:
-                other.append(f"--resume {str(state['args'].get('resume'))[:60]} (now {args.resume})")
+            begun = str(state["args"].get("resume"))[:60]
+            if given and not free and begun != args.resume[:60]:
+                other.append(f"--resume {begun} (now {args.resume})")
             if not other or free:
                 load_state(run, state)
         except (ValueError, RuntimeError) as error:  # broken: the one before may be whole
@@ -336,8 +337,8 @@ def resume(run):
         for text in problems:
             warn(f"{text}; took the state before")
         print(f"resumed {path} at step {run.step}" + f"; it had {', '.join(other)}" * bool(other)
-              + f"; it was made with {', '.join(changed)}, so from here it is no longer bitwise the "
-              "same run, and with other images another order" * bool(changed))
+              + f"; it was made with {', '.join(changed)}, so from here it is not bitwise the same "
+              "run, and with other images another order" * bool(changed))
 
 
 def open_folder(run):
@@ -443,7 +444,7 @@ class Log:
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
-                                 for name in shown.split() if name in row))
+                                 for name in shown.split() if row.get(name) is not None))
         self.watch()
 
     def watch(self, quiet=False):
@@ -452,19 +453,20 @@ class Log:
         if len(rows) < 5:
             return
         if max(row["effective_rank"] for row in rows[-3:]) < rows[0]["effective_rank"] / 2:
-            self.say("rank", quiet, "the effective rank of the points fell below half of its start: they collapse "
-                     "onto few directions; try a lower --lr, a smaller --pull-weight or a "
-                     "--momentum closer to 1")
+            self.say("rank", quiet, "the effective rank of the points fell below half of its "
+                     "start: they collapse onto few directions; try a lower --lr, a smaller "
+                     "--pull-weight or a --momentum closer to 1")
         if max(row["feature_std"] for row in rows[-3:]) < rows[0]["feature_std"] / 10:
-            self.say("spread", quiet, "the spread of the points fell below a tenth of its start: they are nearly "
-                     "all one; try a lower --lr, a longer --warmup or a --momentum closer to 1")
+            self.say("spread", quiet, "the spread of the points fell below a tenth of its start: "
+                     "they are nearly all one; try a lower --lr, a longer --warmup or a --momentum "
+                     "closer to 1")
         for name in [name for name in rows[-1] if f"collapsed_{name}" in rows[-1]]:
             plateau = f"collapsed_{name}"
             if self.run.step > self.run.total / 5 and all(
                     abs(row[name] - row[plateau]) < 0.02 * row[plateau] for row in rows[-5:]):
-                self.say(name, quiet, f"the {name} loss stays at {rows[-1][name]:.4g}, its value for a student "
-                         "whose points are all one: nothing is learned; try a lower --lr or a "
-                         "longer --warmup")
+                self.say(name, quiet, f"the {name} loss stays at {rows[-1][name]:.4g}, its value "
+                         "for a student whose points are all one: nothing is learned; try a lower "
+                         "--lr or a longer --warmup")
 
     def say(self, what, quiet, text):
         if what not in self.said and not quiet:
@@ -486,7 +488,8 @@ def first_row(run):
     if run.test_set is not None:
         row |= evaluate(run)
         row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
-        row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, "pixels"), center=True)
+        with interruptible(run):
+            row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, "pixels"), center=True)
     return row
 
 
@@ -517,19 +520,30 @@ def skip(run, log, row):
         if p.grad is not None:
             block = ".".join(name.split(".")[:3 if "blocks" in name else 2])
             squares[block] = squares.get(block, 0.0) + p.grad.float().square().sum().item()
-    dump = dict(row, step=run.step + 1, images=images, last_rows=log.rows[-100:],
-                gradient_norms={block: str(math.sqrt(x)) for block, x in squares.items()})
-    dump = {name: str(x) if isinstance(x, float) else x for name, x in dump.items()}
+    norms = {block: math.sqrt(x) for block, x in squares.items()}
+    files = getattr(run.train_set, "files", None)
+    dump = dict(step=run.step + 1, **row, gradient_norms=norms, images=images,
+                files=files and [files[i] for i in images], last_rows=log.rows[-100:])
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(in_words(x))}" for name, x in dump.items())
     if run.rank == 0:
         try:
-            write_file(path, lambda file: file.write(json.dumps(dump, indent=1).encode()))
+            write_file(path, lambda file: file.write(f"{{{lines}}}\n".encode()))
         except OSError as error:
             warn(f"could not write {path} ({error})")
+        kept = os.path.exists(run.places[0])
         print(f"step {run.step + 1}: {many} steps in a row were not finite: see {path} for images, "
-              f"gradients and the last rows. {run.args.out_dir} keeps the last good state: "
-              f"--resume {run.places[0]} with a lower --lr or a longer --warmup goes on from it",
-              file=sys.stderr)
+              "gradients and the last rows; " + (f"{run.places[0]} is the last good state: --resume "
+                                                 f"{run.places[0]} goes on from it, " if kept else
+                                                 "start again ") +
+              "with a lower --lr or a longer --warmup", file=sys.stderr)
     sys.exit(1)
+
+
+def in_words(x):
+    """Plain data as JSON can have it: a float that is not finite as a word."""
+    if isinstance(x, dict):
+        return {name: in_words(value) for name, value in x.items()}
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def numbers(run, logs):
@@ -653,8 +667,9 @@ def set_up(run):
         run.total = args.max_steps
     run.stop = min(run.total, args.max_steps or run.total)
     if run.stop < args.stages:
-        raise ValueError(f"{run.stop} steps (--epochs {args.epochs} of {run.count} images, batches "
-                         f"of {args.batch_size}) are less than one a stage: raise --epochs")
+        raise ValueError(f"{run.stop} steps ({run.count} images, batches of {args.batch_size}) are "
+                         f"less than one for each of --stages {args.stages}: raise --epochs (now "
+                         f"{args.epochs or 'not given'}) or --max-steps")
     run.stage = math.ceil(run.total / args.stages)  # its length
 
     # -- optimizer. Weight decay: matrices only. eps: relations see no norm.bias, attention no bias
@@ -748,7 +763,8 @@ def train(run):
                        images_per_second=rate, data_seconds=waited / steps)
             row = {name: rounded(x) for name, x in row.items()}
             run.train_set.share()
-        if saving or evaluating or stopping:  # first, for an evaluation can be long
+        # saved before it is evaluated, which can take long; not while steps are being skipped
+        if (saving or evaluating) and finite or stopping or run.step == run.stop:
             save_run(run, row if evaluating else None)
         if row and not (evaluating and stopping):
             log.write(row | (evaluate(run) if evaluating else {}))
