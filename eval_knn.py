@@ -293,7 +293,8 @@ def evaluation_options(doc):
         help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
     add("--cache", help="folder to keep the features in, for the next call")
-    add("--workers", type=whole(0, 512), default=2, help="processes that decode images, for folders")
+    add("--workers", type=whole(0, 512), default=2,
+        help="processes that decode images, for folders")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
     add("--timeout", type=number(1), default=300.0,
         help="seconds without progress of any process, after which all end")

@@ -64,12 +64,14 @@ def options():
         help="width of what simclr, moco, byol, dino, ibot compare; 0: as published")
     add("--head", type=whole(0, 2**16), default=0,
         help="rkd: width of a projection head; 0 relates the features")
-    add("--head-hidden", type=whole(0, 2**16), default=0, help="width inside heads; 0: 4 times the ViT's")
+    add("--head-hidden", type=whole(0, 2**16), default=0,
+        help="width inside heads; 0: 4 times the ViT's")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
         help="in dino's and ibot's; try it when they collapse")
     add("--predictor", action="store_true", help="rkd: a second MLP on the student alone")
     add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
-    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="width and depth, of mae, dbot")
+    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2],
+        help="width and depth, of mae, dbot")
     add("--tokenizer", default="random", choices=TOKENIZERS, help="where beit's words come from")
     add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
     add("--fixed-pos", action="store_true", help="sine-cosine positions that are not learned")
@@ -530,12 +532,12 @@ def skip(run, log, row):
             write_file(path, lambda file: file.write(f"{{{lines}}}\n".encode()))
         except OSError as error:
             warn(f"could not write {path} ({error})")
-        kept = os.path.exists(run.places[0])
+        good = run.places[0]
+        again = (f"--resume {good} goes on from the last good state" if os.path.exists(good)
+                 else "start again")
         print(f"step {run.step + 1}: {many} steps in a row were not finite: see {path} for images, "
-              "gradients and the last rows; " + (f"{run.places[0]} is the last good state: --resume "
-                                                 f"{run.places[0]} goes on from it, " if kept else
-                                                 "start again ") +
-              "with a lower --lr or a longer --warmup", file=sys.stderr)
+              f"gradients and the last rows; {again}, with a lower --lr or a longer --warmup",
+              file=sys.stderr)
     sys.exit(1)
 
 
