@@ -183,7 +183,8 @@ class Folder(torch.utils.data.Dataset):
             with Image.open(self.files[index]) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
-                    image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+                    grey = (np.asarray(image, np.float32) / 257).clip(0, 255)
+                    image = Image.fromarray(grey.astype(np.uint8))
                 return image.convert("RGB")
         except Exception:  # PIL raises many kinds for a broken file, and a file may vanish
             return None

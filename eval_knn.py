@@ -245,7 +245,12 @@ class Watch:
             try:
                 self.tell()
                 now = self.ask()
-            except Exception:  # whose store it was has gone; the collectives will say so
+            except Exception:  # whose store it was has gone; a collective may say so, or hang
+                time.sleep(self.seconds)
+                if not self.over:
+                    print(f"process {self.rank} leaves: the store that process 0 or torchrun keeps "
+                          f"has been gone for {self.seconds:g} s", file=sys.stderr, flush=True)
+                    os._exit(1)
                 return
             moved = {rank: x[0] for rank, x in now.items()}
             if moved != before:
@@ -384,7 +389,8 @@ def main():
     add = parser.add_argument
     add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
-    args, _, train, test = start(parser)
+    args, run, train, test = start(parser)
+    run.watch.over = True  # from here each works alone
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if ks != sorted(set(args.k)):

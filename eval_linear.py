@@ -114,6 +114,7 @@ def main():
     bar = tqdm(batches, total=total, disable=None if run.rank == 0 else True)
     for step, (features, labels) in enumerate(bar):
         heads.step(features, labels, step / total)
+    run.watch.over = True  # from here each works alone
     chosen_by, top1 = heads.accuracy(x[choose], y[choose]), heads.accuracy(test_x, test_y)
     best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
     rows = [(str(lr), *both) for lr, *both in zip(args.lrs, chosen_by, top1)]

@@ -5,6 +5,8 @@
 import colorsys
 import hashlib
 import math
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -404,7 +406,76 @@ def test_a_photo_on_its_side_is_turned_upright_by_its_exif(tmp_path):
     assert opened.getpixel((10, 5))[0] > 200 and opened.getpixel((10, 35))[2] > 200
 
 
+def test_the_name_does_not_matter_and_of_an_animation_the_first_picture_counts(tmp_path):
+    frames = [Image.new("RGB", (40, 20), name) for name in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.png", format="JPEG")
+    folder = Folder([str(tmp_path / name) for name in ("a.gif", "b.png")], [0, 0], ["only"])
+    for index in (0, 1):
+        red, green, blue = folder.open(index).getpixel((5, 5))
+        assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1)])
+def test_of_a_strip_the_middle_is_measured_and_memory_stays_small(tmp_path, size):
+    strip = Image.new("RGB", size, "red")
+    middle = tuple(slice(side // 2 - 1, side // 2 + 1) if side > 1 else slice(None)
+                   for side in reversed(size))
+    pixels = np.array(strip)
+    pixels[middle] = (0, 0, 255)
+    with pytest.MonkeyPatch.context() as patch:  # whole, it would become 7,680,000 pixels long
+        resize = Image.Image.resize
+        patch.setattr(Image.Image, "resize", lambda image, to, *more: (
+            resize(image, to, *more) if max(to) < 2000 else pytest.fail(f"resized to {to}")))
+        view = np.asarray(resize_center(Image.fromarray(pixels), 224)).astype(int)
+    assert view.shape == (224, 224, 3)
+    assert view[112, 112, 2] > 200 and view[112, 112, 0] < 60
+
+
 # ---------- files that cannot be read ----------
+
+def huge_png():
+    """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
+    def chunk(name, data):
+        return (len(data).to_bytes(4, "big") + name + data
+                + zlib.crc32(name + data).to_bytes(4, "big"))
+
+    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+        b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+BROKEN = {"empty": b"", "words": b"no image", "huge": huge_png(), "zeros": bytes(1000)}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_read_is_none_and_costs_nothing(tmp_path, content, recwarn):
+    (tmp_path / "a.png").write_bytes(content)
+    assert Folder([str(tmp_path / "a.png")], [0], ["only"]).open(0) is None
+    assert Folder([str(tmp_path / "gone.png")], [0], ["only"]).open(0) is None
+    assert not recwarn.list
+
+
+def test_a_cut_at_any_place_gives_a_whole_image_or_none(tmp_path):
+    write(tmp_path / "whole.png", (40, 24), seed=1)
+    whole = (tmp_path / "whole.png").read_bytes()
+    image = Image.open(tmp_path / "whole.png").convert("RGB").tobytes()
+    for length in range(0, len(whole), 97):
+        (tmp_path / "cut.png").write_bytes(whole[:length])
+        opened = Folder([str(tmp_path / "cut.png")], [0], ["only"]).open(0)
+        assert opened is None or opened.tobytes() == image
+
+
+def test_a_replacement_is_looked_for_without_listing_the_set():
+    class Endless(Folder):
+        def __len__(self):
+            return sys.maxsize  # a list of that many indices is a MemoryError
+
+    data = Endless([], [], ["only"])
+    data.open = lambda index: Image.new("RGB", (8, 8)) if index > 6 else None
+    data.cut = lambda image, epoch, index: index
+    assert data[0, 5] == (7, 7, [5, 6])
+
 
 def test_a_broken_file_is_named_once_over_epochs_and_an_evaluation(tmp_path, capfd):
     train, _ = load_data("folder", str(write_folder(tmp_path, broken=[5])))
