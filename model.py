@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import warnings
 import zipfile
 from functools import partial
 
@@ -381,14 +382,18 @@ def read_file(path):
     """The dict in a file of plain tensors. Pickled code is refused, not run."""
     path = os.fspath(path)
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("no file")  # a pipe would be waited for
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # only where such a file is read
             return load_file(path)
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:  # torch never compresses: a bomb would
-                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                    raise ValueError("compressed")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in the official files
+            with zipfile.ZipFile(path) as parts:  # torch writes each byte once, as it is
+                if (any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+                        or sum(x.file_size for x in parts.infolist()) > os.path.getsize(path)):
+                    raise ValueError("a bomb")
+        with (torch.serialization.safe_globals([argparse.Namespace]),  # in the official files
+              warnings.catch_warnings(action="ignore")):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
@@ -402,9 +407,10 @@ def read_file(path):
 
 
 def is_plain(x):
-    """A dense tensor of floats, in memory."""
+    """A dense tensor of floats, in memory, no place of which is there twice by a stride of 0."""
     return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-            and x.is_floating_point())
+            and x.is_floating_point()
+            and x.numel() * x.element_size() <= x.untyped_storage().nbytes())
 
 
 def misfits(own, weights, optional=()):
@@ -446,7 +452,8 @@ def from_hugging_face(weights):
         renamed[name] = x
     for name in [name for name in renamed if ".attention.attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in renamed and renamed[part].numel() <= 2**26 for part in parts):  # no bomb
+        shapes = {(x.shape, x.dtype) for x in map(renamed.get, parts) if x is not None and x.dim()}
+        if all(part in renamed for part in parts) and len(shapes) == 1:
             joined = name.replace(".attention.attention.query.", ".attn.qkv.")
             renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
@@ -464,7 +471,8 @@ def heads_in(path, file, prefix, weights):
         shape = ARCHS[options["arch"]].keywords
         return (shape["num_heads"], True) if shape["embed_dim"] == width else (None, False)
     try:  # Hugging Face's config, beside the weights
-        with open(os.path.join(os.path.dirname(path), "config.json")) as config:
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        with open(beside if os.path.isfile(beside) else os.devnull) as config:
             config = json.load(config)
         if config["hidden_size"] == width:
             return int(config["num_attention_heads"]), True
@@ -502,7 +510,7 @@ def read_weights(path):
     outside = ("decoder_", "head.", "head_dist.", "pooler.") + ("mask_token",) * decoder
     weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
     if "masked_embed" in weights:  # iBOT's name
-        weights["mask_token"] = weights.pop("masked_embed").view(1, 1, -1)
+        weights["mask_token"] = weights.pop("masked_embed").reshape(1, 1, -1)
     return file, weights, heads_in(path, file, prefix, weights)
 
 
@@ -580,7 +588,7 @@ def one_line(message, most=900):
     """An error message as one line that fits a screen: long words and long middles are cut."""
     words = (word if len(word) <= 200 else f"{word[:100]}..{word[-60:]}"
              for word in str(message).split())
-    text = " ".join(words)
+    text = " ".join(words).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= most else f"{text[:most - 300]} .. {text[-290:]}"
 
 

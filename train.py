@@ -34,7 +34,7 @@ from eval_knn import (Parser, Watch, extract_features, first_problem, join_proce
                       natural, number, pick_device, positive, whole)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
-from model import ARCHS, POOLS, ema_update, listed, misfits, read_file, write_file
+from model import ARCHS, POOLS, ema_update, listed, misfits, one_line, read_file, write_file
 from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, check, defaults, least_images,
                         parse_loss)
 
@@ -268,9 +268,17 @@ def open_state(path):
     """A checkpoint of train.py, as plain data; ValueError where it is none."""
     state = read_file(path)
     if not (isinstance(state, dict) and isinstance(state.get("args"), dict)
-            and type(state.get("step")) is int and state["step"] >= 0):
+            and type(state.get("step")) is int and 0 <= state["step"] < 2**40):
         raise ValueError(f"{path} is no checkpoint of train.py")
     return state
+
+
+def differences(was, now, but=()):
+    """["name value (now other)", ..] of plain values; of anything else in a file, its type."""
+    plain = {name: x if isinstance(x, (int, float, str, list, type(None))) else type(x).__name__
+             for name, x in was.items()} if isinstance(was, dict) else {}
+    return [f"{name} {str(plain.get(name))[:60]} (now {value})" for name, value in now.items()
+            if name not in but and (name not in plain or plain[name] != value)]
 
 
 def load_state(run, state):
@@ -278,7 +286,8 @@ def load_state(run, state):
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     optimizer, wrong = state.get("optimizer"), []
     moments = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(moments, dict) or not set(moments) <= set(range(len(parameters))):
+    if not isinstance(moments, dict) or not all(
+            type(index) is int and 0 <= index < len(parameters) for index in moments):
         raise ValueError("its optimizer is of other parameters")
     for index, entry in moments.items():
         own = dict(step=torch.tensor(0.0), exp_avg=parameters[index], exp_avg_sq=parameters[index])
@@ -292,10 +301,13 @@ def load_state(run, state):
         raise ValueError(listed(wrong))
     run.system.load(state)
     # moments alone: the options of this run rule, not those in the file
-    run.optimizer.load_state_dict(dict(run.optimizer.state_dict(), state=moments))
+    run.optimizer.load_state_dict(dict(run.optimizer.state_dict(), state={
+        index: {name: x.clone() for name, x in entry.items()} for index, entry in moments.items()}))
     run.step, run.skipped = state["step"], skipped
     row = state.get("row") if isinstance(state.get("row"), dict) else {}
-    run.row = {str(name): x for name, x in row.items() if type(x) in (int, float)}
+    plain = all(type(name) is str and (x is None or type(x) in (int, float) and abs(x) < 2**60)
+                for name, x in row.items())
+    run.row = row if plain and row.get("step") == run.step else {}
 
 
 def resume(run):
@@ -312,9 +324,9 @@ def resume(run):
     for path in [args.resume] if free else here:
         try:
             state = open_state(path)
-            other = [f"--{name.replace('_', '-')} {str(state['args'].get(name))[:60]} (now {value})"
-                     for name, value in vars(args).items()
-                     if name not in FREE and state["args"].get(name) != value]
+            other = [f"--{name.replace('_', '-')} {text}" for name, _, text in (
+                x.partition(" ") for x in differences(state["args"], vars(args), FREE))]
+            changed = differences(state.get("made"), made(run)) if "made" in state else []
             begun = str(state["args"].get("resume"))[:60]
             if given and not free and begun != args.resume[:60]:
                 other.append(f"--resume {begun} (now {args.resume})")
@@ -333,14 +345,12 @@ def resume(run):
             raise ValueError("; ".join(problems)[:900] + "; --resume none starts over")
         return
     if run.rank == 0:
-        was = state.get("made") if isinstance(state.get("made"), dict) else {}
-        changed = [f"{name} {str(was[name])[:40]} (now {value})" for name, value in
-                   made(run).items() if name in was and was[name] != value]
         for text in problems:
             warn(f"{text}; took the state before")
-        print(f"resumed {path} at step {run.step}" + f"; it had {', '.join(other)}" * bool(other)
-              + f"; it was made with {', '.join(changed)}, so from here it is not bitwise the same "
-              "run, and with other images another order" * bool(changed))
+        print(one_line(
+            f"resumed {path} at step {run.step}" + f"; it had {', '.join(other)}" * bool(other)
+            + f"; it was made with {', '.join(changed)}, so from here it is not bitwise the same "
+            "run, and with other images another order" * bool(changed)))
 
 
 def open_folder(run):
@@ -776,13 +786,15 @@ def train(run):
 
     bar.close()
     watch.over = True
+    if not os.path.exists(run.places[0]):  # taken from elsewhere, and there was nothing left to do
+        save_run(run)
     if run.rank == 0:
         try:
             analyze.curves(args.out_dir)
             if not stopping:  # seconds count
                 analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
                               (run.train_set, run.test_set))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a full disk; or no checkpoint, for one was full
             warn(f"could not draw into {args.out_dir} ({error})")
         done = "stopped" if stopping else "finished"
         print(f"{done} at step {run.step} of {run.total}: see {args.out_dir}")
