@@ -392,6 +392,8 @@ def read_file(path):
                 if (any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
                         or sum(x.file_size for x in parts.infolist()) > os.path.getsize(path)):
                     raise ValueError("a bomb")
+                if parts.testzip():
+                    raise ValueError("damaged")
         with (torch.serialization.safe_globals([argparse.Namespace]),  # in the official files
               warnings.catch_warnings(action="ignore")):
             return torch.load(path, map_location="cpu", weights_only=True)

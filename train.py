@@ -247,7 +247,7 @@ def made(run):
 
 
 def save_run(run, row=None):
-    """Replace checkpoint.pt, keep the one before as previous.pt; `row` is still to be evaluated."""
+    """Replace checkpoint.pt, keep the one before as previous.pt; `row` goes to the log next."""
     if run.rank:
         return
     state = dict(run.system.save(), optimizer=run.optimizer.state_dict(), step=run.step,
@@ -335,6 +335,7 @@ def resume(run):
         except (ValueError, RuntimeError) as error:  # broken: the one before may be whole
             problems.append(f"--resume {path}: no checkpoint of such a run ({str(error)[:400]})")
             continue
+        run.row = run.row if path in run.places else {}  # of another log
         if other and not free:
             raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
                              "--out-dir, the same options, --resume none to start over, or "
@@ -421,7 +422,7 @@ class Log:
     def __init__(self, run):
         self.run, self.on = run, run.rank == 0
         self.path = os.path.join(run.args.out_dir, "log.jsonl")
-        self.rows, self.said, self.torn = [], set(), True
+        self.rows, self.points, self.said, self.torn = [], [], set(), True
         if not self.on:
             return
         with contextlib.suppress(OSError), open(self.path, errors="replace") as file:
@@ -430,7 +431,8 @@ class Log:
                     row = json.loads(line)
                     self.rows += [row] * (line.endswith("\n") and 0 <= row["step"] <= run.step)
         self.rows *= bool(run.step)
-        self.watch(quiet=True)  # what was said before the resume
+        for row in self.rows:
+            self.watch(row, quiet=True)  # what was said before the resume
         self.put()
 
     def put(self):
@@ -457,11 +459,12 @@ class Log:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
                                  for name in shown.split() if row.get(name) is not None))
-        self.watch()
+        self.watch(self.rows[-1])
 
-    def watch(self, quiet=False):
+    def watch(self, row, quiet=False):
         """Say once, in plain words, what a collapse looks like in the rows."""
-        rows = [row for row in self.rows if "effective_rank" in row]  # not of a skipped step
+        rows, step = self.points, row["step"]
+        rows += [row] * ("effective_rank" in row and None not in row.values())  # finite
         if len(rows) < 5:
             return
         if max(row["effective_rank"] for row in rows[-3:]) < rows[0]["effective_rank"] / 2:
@@ -474,7 +477,7 @@ class Log:
                      "closer to 1")
         for name in [name for name in rows[-1] if f"collapsed_{name}" in rows[-1]]:
             plateau = f"collapsed_{name}"
-            if self.run.step > self.run.total / 5 and all(
+            if step > self.run.total / 5 and all(
                     abs(row[name] - row[plateau]) < 0.02 * row[plateau] for row in rows[-5:]):
                 self.say(name, quiet, f"the {name} loss stays at {rows[-1][name]:.4g}, its value "
                          "for a student whose points are all one: nothing is learned; try a lower "
@@ -714,7 +717,8 @@ def train(run):
     if run.step == 0:
         log.write(first_row(run))
     elif run.row and (not log.rows or log.rows[-1]["step"] < run.step):
-        log.write(run.row | evaluate(run))  # the evaluation in which it was stopped
+        evaluating = run.row.pop("evaluating", 0)  # it was stopped before its row was written
+        log.write(run.row | (evaluate(run) if evaluating else {}))
     bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported()
     autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
     bar = tqdm(initial=run.step * args.batch_size, total=run.stop * args.batch_size, unit="img",
@@ -777,7 +781,7 @@ def train(run):
             run.train_set.share()
         # saved before it is evaluated, which can take long; not while steps are being skipped
         if (saving or evaluating) and finite or stopping or run.step == run.stop:
-            save_run(run, row if evaluating else None)
+            save_run(run, row | dict(evaluating=int(evaluating)))
         if row and not (evaluating and stopping):
             log.write(row | (evaluate(run) if evaluating else {}))
             since, waited, steps = time.perf_counter(), 0.0, 0

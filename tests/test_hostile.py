@@ -632,7 +632,7 @@ EITHER = {
     "moments of one memory": aliased, "one moment": lambda s: replaced(
         s, ["optimizer", "state"], lambda x: {0: x[0]}),
     "moments of 8 bits": moment("exp_avg_sq", ODD["float8"]),
-    "second moments twice transposed": moment("exp_avg_sq", lambda x: x.T.contiguous().T),
+    "second moments twice transposed": moment("exp_avg_sq", lambda x: x.mT.contiguous().mT),
     "param_groups": lambda s: replaced(s, ["optimizer", "param_groups"], lambda x: [{"lr": "x"}]),
     "no param_groups": lambda s: replaced(s, ["optimizer", "param_groups"], lambda x: None),
     "hostile param_groups": lambda s: replaced(s, ["optimizer", "param_groups"], lambda x: [
