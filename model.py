@@ -551,10 +551,10 @@ def open_backbone(path, arch=None):
     ours = (isinstance(file.get("args"), dict)
             and {"arch", "patch_size", "image_size"} <= set(file["args"]))
     options = dict(file["args"]) if ours else {"arch": arch}
-    if ours and arch not in (None, options["arch"]):
-        raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
     if options["arch"] not in [*ARCHS]:
         raise ValueError(f"{path} does not say its arch: add --arch, one of {', '.join(ARCHS)}")
+    if ours and arch not in (None, options["arch"]):
+        raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
     patches = math.prod(weights["pos_embed"].shape[1:-1]) - 1 if "pos_embed" in weights else 0
     if not ours:
         kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
@@ -564,9 +564,9 @@ def open_backbone(path, arch=None):
         P = kernel.shape[-1]
         options |= {"patch_size": P, "image_size": math.isqrt(patches) * P}
     S, P = options["image_size"], options["patch_size"]
-    if not (type(S) is type(P) is int and 1 <= P <= S and (S // P) ** 2 == patches):
-        raise ValueError(f"{path} does not fit itself: image_size {str(S)[:20]} and patch_size "
-                         f"{str(P)[:20]}, but positions for {patches} patches")
+    if not (type(S) is type(P) is int and 1 <= P <= S < 2**20 and (S // P) ** 2 == patches):
+        raise ValueError(f"{path} does not fit itself: its image_size and patch_size do not give "
+                         f"the {patches} patches that it has positions for")
     vit = ARCHS[options["arch"]](image_size=S, patch_size=P)
     try:
         return fill(vit, weights, path, heads if said else None), options
