@@ -556,7 +556,7 @@ def train_batches(data, steps, views, seed, device, workers=0, **colours):
 
 def eval_batches(data, indices, size, device, workers=0, batch_size=256):
     """Images as measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,))."""
-    pieces = torch.as_tensor(indices).split(batch_size)
+    pieces = [piece for piece in torch.as_tensor(indices).split(batch_size) if len(piece)]
     if isinstance(data, Images):
         for index in pieces:
             images, sides = data.images[index].to(device).float() / 255, data.images.shape[2:]

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 
 from data import DATASETS, eval_batches, load_data
 from model import ARCHS, POOLS, one_line, open_backbone, pool_tokens, write_file
@@ -176,9 +177,13 @@ def join_processes(device, seconds=300):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(seconds=2 * seconds))
-    return dist.get_rank(), dist.get_world_size()
+    limit = timedelta(seconds=2 * seconds)
+    store, rank, world = next(rendezvous("env://", timeout=limit))
+    start = store.add(f"starts/{rank}", 1)  # torchrun's store outlives a restart, and so would the
+    store = dist.PrefixStore(f"start{start}", store)  # addresses of those who died in it
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=limit)
+    return rank, world
 
 
 def everywhere(x):
@@ -219,9 +224,11 @@ class Watch:
         if world > 1:
             self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                        is_master=False, timeout=timedelta(seconds=seconds))
-            self.name = f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+            self.name = f"watch{self.store.add(f'watches/{rank}', 1)}"  # by restart
             self.tell()
-            threading.Thread(target=self.look, daemon=True).start()
+            self.answered = time.monotonic()
+            for work in (self.look, self.guard):
+                threading.Thread(target=work, daemon=True).start()
 
     def mark(self, doing):
         """There is progress, and this is what comes next."""
@@ -245,13 +252,9 @@ class Watch:
             try:
                 self.tell()
                 now = self.ask()
-            except Exception:  # whose store it was has gone; a collective may say so, or hang
-                time.sleep(self.seconds)
-                if not self.over:
-                    print(f"process {self.rank} leaves: the store that process 0 or torchrun keeps "
-                          f"has been gone for {self.seconds:g} s", file=sys.stderr, flush=True)
-                    os._exit(1)
+            except Exception:  # whose store it was has gone
                 return
+            self.answered = time.monotonic()
             moved = {rank: x[0] for rank, x in now.items()}
             if moved != before:
                 since, before = time.monotonic(), moved
@@ -264,6 +267,16 @@ class Watch:
                           "newest checkpoint", file=sys.stderr, flush=True)
                 else:
                     time.sleep(1)  # let that one speak
+                os._exit(1)
+
+    def guard(self):
+        """Who keeps the store may stand still as well: then no answer comes, not even an error."""
+        while not self.over:
+            time.sleep(min(1, self.seconds / 10))
+            if time.monotonic() - self.answered > self.seconds + 5 and not self.over:
+                print(f"process {self.rank} leaves: process 0 or torchrun, which keeps what all "
+                      f"know of each other, has not answered for {self.seconds:g} s",
+                      file=sys.stderr, flush=True)
                 os._exit(1)
 
     def gone(self, patience=3):

@@ -636,6 +636,13 @@ def prepare(args):
     except ValueError as error:
         problem = str(error)
     problem = first_problem(problem, dict(step=run.step, images=getattr(run, "count", None)))
+    if not problem:  # all agree, so there may be a folder
+        try:
+            if run.rank == 0:
+                open_folder(run)
+        except ValueError as error:
+            problem = str(error)
+        problem = first_problem(problem)
     if problem:
         raise ValueError(problem)
 
@@ -702,8 +709,6 @@ def set_up(run):
                                                         "SLURM_RESTART_COUNT"))
     run.restarted = any(count != "0" for count in restarted)  # by a launcher, with the same options
     resume(run)
-    if run.rank == 0:
-        open_folder(run)
 
 
 def train(run):
