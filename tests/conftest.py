@@ -1,13 +1,33 @@
-"""Lets the tests import the flat files of the repository: `from losses import ...`.
+"""Lets the tests import the flat files of the repository, and call train.py as a command.
 
 `pytest -m slow` runs the long versions of some tests, which are left out otherwise.
 """
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # found by the line above
+
+
+def parse(*options):
+    return train.parse([str(x) for x in options])
+
+
+def call(*options):
+    """train.main() as from the command line."""
+    names = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    handlers = {name: signal.getsignal(name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        try:
+            return train.main()
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
 
 
 def pytest_configure(config):

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 import model
 import objectives
 import train
+from conftest import call, parse
 from data import textures
 
 torch.set_num_threads(1)
@@ -43,22 +44,6 @@ GIB = 2**30
 
 
 # ---------- a true checkpoint ----------
-
-def parse(*options):
-    return train.parse([str(x) for x in options])
-
-
-def call(*options):
-    """train.main() as from the command line."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
-        try:
-            return train.main()
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 ROOT = Path(__file__).resolve().parent.parent
 import objectives
 import train
+from conftest import call, parse
 from data import textures
 from losses import effective_rank, panel, pull_loss, rkd_angle_loss, rkd_distance_loss
 from masking import random_mask
@@ -33,22 +34,6 @@ LONG = ("--max-steps", STEPS, "--drop-path", 0.2)  # drop-path draws random numb
 
 def cloud(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def parse(*options):
-    return train.parse([str(x) for x in options])
-
-
-def call(*options):
-    """train.main() as from the command line."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
-        try:
-            return train.main()
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
 
 
 def command(*words):
