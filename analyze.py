@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data import MEAN, STD, eval_batches, fold, load_data, train_batches
-from eval_knn import Parser
+from launch import Parser
 from losses import pairwise_distance
 from masking import MASKS
 from model import pool_tokens, read_file

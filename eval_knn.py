@@ -11,25 +11,19 @@ chosen on a held-out tenth of the references.
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
     torchrun --nproc_per_node=8 eval_knn.py --checkpoint dino.pth --arch vit_small --data folder ..
 """
-import argparse
 import hashlib
 import json
-import math
 import os
-import socket
-import sys
-import threading
-import time
-from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.rendezvous import rendezvous
 
 from data import DATASETS, eval_batches, load_data
-from model import ARCHS, POOLS, one_line, open_backbone, pool_tokens, write_file
+from launch import (Parser, Watch, everywhere, first_problem, join_processes, leave_by, number,
+                    pick_device, positive, whole)
+from model import ARCHS, POOLS, open_backbone, pool_tokens, write_file
 
 
 def features_of(vit, images, pool):
@@ -114,190 +108,7 @@ def held_out(count, part=0.1, seed=0):
     return order[cut:], order[:cut]
 
 
-# ---- what the command lines of all scripts share -----------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on standard error and status 2."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter)
-
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{self.prog}: error: {one_line(message)}", file=sys.stderr)
-        sys.exit(2)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The header of the file as it is written, and each default behind its help."""
-
-
-def whole(least, most):
-    """An argparse type: a whole number in least .. most."""
-    def whole(text):
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} must lie in {least} .. {most}")
-        return value
-    return whole
-
-
-natural, positive = whole(0, 2**32 - 1), whole(1, 2**32 - 1)
-
-
-def number(low, high=math.inf):
-    """An argparse type: a finite float in [low, high]."""
-    def number(text):
-        value = float(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {low} .. {high}")
-        return value
-    return number
-
-
-def pick_device(name):
-    """cuda (the one of this process), mps or cpu: `auto` takes the first that is there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        raise ValueError(f"--device {name}: there is none here; leave it out to take what is there")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-# ---- one process, or many -----------------------------------------------------------------------
-
-def join_processes(device, seconds=300):
-    """Join the processes that torchrun (or RANK and its like) started, if any -> (rank, how many).
-
-    A peer that never comes, or a collective that never ends, is an error after twice `seconds`;
-    `Watch` is faster and knows whose fault it is.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    limit = timedelta(seconds=2 * seconds)
-    store, rank, world = next(rendezvous("env://", timeout=limit))
-    start = store.add(f"starts/{rank}", 1)  # torchrun's store outlives a restart, and so would the
-    store = dist.PrefixStore(f"start{start}", store)  # addresses of those who died in it
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=limit)
-    return rank, world
-
-
-def everywhere(x):
-    """A plain object of every process, in order of rank, on all of them."""
-    found = [x]
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, x)
-    return found
-
-
-def first_problem(problem, same=None):
-    """The problem of the first process that has one, for all to end by; None where there is none.
-
-    `same`: what must be the same everywhere; where it is not, that is a problem too.
-    """
-    found = everywhere((problem, same))
-    for rank, (text, value) in enumerate(found):
-        if text:
-            return text if text == found[0][0] else f"process {rank}: {text}"
-        if value != found[0][1]:
-            return (f"process {rank} found {value} and process 0 {found[0][1]}: all must see the "
-                    "same folders and files")
-    return None
-
-
-class Watch:
-    """Ends the processes when one of them stands still or is gone, and says which it was.
-
-    Each tells a common store how far it is (`mark`), from a thread that also looks at the others.
-    When nobody has moved for `seconds`, all end with status 1, and the one that is behind is named:
-    the others are only waiting for it.
-    """
-
-    def __init__(self, rank, world, seconds):
-        self.rank, self.world, self.seconds = rank, world, seconds
-        self.marks, self.beats, self.doing, self.over = 0, 0, "starting", False
-        if world > 1:
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                       is_master=False, timeout=timedelta(seconds=seconds))
-            self.name = f"watch{self.store.add(f'watches/{rank}', 1)}"  # by restart
-            self.tell()
-            self.answered = time.monotonic()
-            for work in (self.look, self.guard):
-                threading.Thread(target=work, daemon=True).start()
-
-    def mark(self, doing):
-        """There is progress, and this is what comes next."""
-        self.marks, self.doing = self.marks + 1, doing
-
-    def tell(self):
-        self.beats += 1
-        self.store.set(f"{self.name}/{self.rank}", json.dumps(
-            [self.marks, self.beats, self.doing, socket.gethostname(), os.getpid()]))
-
-    def ask(self):
-        """What each process last told: {rank: [marks, beats, doing, host, pid]}."""
-        names = [f"{self.name}/{rank}" for rank in range(self.world)]
-        return {rank: json.loads(self.store.get(name)) for rank, name in enumerate(names)
-                if self.store.check([name])}
-
-    def look(self):
-        since, before = time.monotonic(), None
-        while not self.over:
-            time.sleep(min(1, self.seconds / 10))
-            try:
-                self.tell()
-                now = self.ask()
-            except Exception:  # whose store it was has gone
-                return
-            self.answered = time.monotonic()
-            moved = {rank: x[0] for rank, x in now.items()}
-            if moved != before:
-                since, before = time.monotonic(), moved
-            elif time.monotonic() - since > self.seconds and not self.over:
-                behind = self.gone() or [rank for rank, marks in moved.items()
-                                         if marks == min(moved.values())]
-                if self.rank == min(set(now) - set(behind) or behind):
-                    print(f"nothing has moved for {self.seconds:g} s, because of "
-                          f"{self.names(behind)}: all end; the same command goes on from the "
-                          "newest checkpoint", file=sys.stderr, flush=True)
-                else:
-                    time.sleep(1)  # let that one speak
-                os._exit(1)
-
-    def guard(self):
-        """Who keeps the store may stand still as well: then no answer comes, not even an error."""
-        while not self.over:
-            time.sleep(min(1, self.seconds / 10))
-            if time.monotonic() - self.answered > self.seconds + 5 and not self.over:
-                print(f"process {self.rank} leaves: process 0 or torchrun, which keeps what all "
-                      f"know of each other, has not answered for {self.seconds:g} s",
-                      file=sys.stderr, flush=True)
-                os._exit(1)
-
-    def gone(self, patience=3):
-        """Ranks whose threads no longer tell anything: stopped, killed, or their machine is."""
-        try:
-            before = self.ask()
-            time.sleep(patience)
-            return [rank for rank, x in self.ask().items()
-                    if x[1] == before[rank][1] and rank != self.rank]
-        except Exception:
-            return [0]  # it keeps the store, where torchrun does not
-
-    def names(self, ranks):
-        try:
-            told = self.ask()
-        except Exception:
-            told = {}
-        return " and ".join(
-            f"process {rank}" + (" (pid {4} on {3}, {2})".format(*told[rank]) if rank in told
-                                 else "") for rank in ranks)
-
+# ---- the command line of both evaluations -----------------------------------------------------
 
 def evaluation_options(doc):
     parser = Parser(doc)
@@ -321,10 +132,13 @@ def evaluation_options(doc):
 
 def start(parser):
     """Command line -> options, run, (features, labels) of references and of test images."""
-    args, problem, run = parser.parse_args(), None, None
+    args, device, problem, run = parser.parse_args(), None, None, None
     try:
         device = pick_device(args.device)
-        rank, world = join_processes(device, args.timeout)
+    except ValueError as error:
+        problem = str(error)
+    try:
+        rank, world = join_processes(device, args.timeout, problem)
         run = prepare(args, device)
     except (OSError, ValueError) as error:
         problem = str(error)
@@ -426,4 +240,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    leave_by(main)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches
-from eval_knn import (evaluation_options, everywhere, features_of, held_out, natural, number,
-                      percent, positive, report, start)
+from eval_knn import evaluation_options, features_of, held_out, percent, report, start
+from launch import everywhere, leave_by, natural, number, positive
 
 
 class Heads:
@@ -123,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    leave_by(main)

@@ -22,7 +22,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import warnings
 import zipfile
 from functools import partial

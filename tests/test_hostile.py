@@ -3,12 +3,12 @@
     pytest tests/test_hostile.py
     pytest tests/test_hostile.py -m slow -s    # thousands of files
 """
+import argparse
 import collections
 import contextlib
 import copy
 import io
 import itertools
-import json
 import math
 import os
 import pickle
@@ -451,7 +451,7 @@ CONTAINERS = dict(
     tensor=lambda c, s: packed(torch.ones(3)), list=lambda c, s: packed([s]),
     cycle=lambda c, s: packed(cycle()), endless=lambda c, s: packed(endless()),
     deep_teachers=lambda c, s: packed(nest(s, ["teacher"], 100)),
-    arguments=lambda c, s: packed(s | {"args": train.argparse.Namespace(**s["args"])}))
+    arguments=lambda c, s: packed(s | {"args": argparse.Namespace(**s["args"])}))
 
 
 @each_reader

@@ -13,11 +13,13 @@ FILES = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in FILES}
 LEAVES = {"losses", "masking", "model", "data"}
 MAY_IMPORT = {"losses": set(), "masking": set(), "model": set(), "data": set(),
-              "eval_knn": {"model", "data"},
-              "eval_linear": {"data", "eval_knn"},
-              "objectives": LEAVES | {"eval_knn"},
-              "analyze": LEAVES | {"objectives", "eval_knn"},
-              "train": LEAVES | {"objectives", "eval_knn", "analyze"}}
+              "launch": {"model"},
+              "checkpoint": {"model"},
+              "eval_knn": {"model", "data", "launch"},
+              "eval_linear": {"data", "eval_knn", "launch"},
+              "objectives": LEAVES,
+              "analyze": LEAVES | {"objectives", "eval_knn", "launch"},
+              "train": LEAVES | {"checkpoint", "launch", "objectives", "eval_knn", "analyze"}}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 

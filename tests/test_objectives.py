@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # torchrun starts this file too: see the end
 
 import objectives
 import train
+from launch import leave_by
 from model import ARCHS, VisionTransformer, ema_update
 from objectives import OBJECTIVES, System, defaults, parse_loss
 
@@ -729,7 +730,8 @@ def test_resting_prototypes_lose_their_gradient_and_nothing_else_does():
     assert resting == {"heads.dino.prototypes", "heads.ibot.prototypes"}
 
 
-if __name__ == "__main__":  # one of two processes: a step of every case
+def main():
+    """One of two processes: a step of every case."""
     ARCHS["vit_nano"] = NANO
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", f"file://{sys.argv[1]}.store", rank=rank, world_size=world)
@@ -737,3 +739,7 @@ if __name__ == "__main__":  # one of two processes: a step of every case
     if rank == 0:
         torch.save(found, sys.argv[1])
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    leave_by(main)

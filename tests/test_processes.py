@@ -36,6 +36,7 @@ import data
 import eval_knn
 import eval_linear
 import train
+from launch import leave_by
 from model import ARCHS, VisionTransformer
 from objectives import OBJECTIVES
 
@@ -268,7 +269,7 @@ def test_a_stopped_peer_ends_the_other_which_names_it(rank, base, start, tmp_pat
 def test_a_peer_that_hangs_in_its_main_thread_is_named_and_all_end(base, start, tmp_path):
     hangs = ("import sys, time, train; real = train.draw_masks; train.draw_masks = lambda run, "
              "step, *x: time.sleep(1000) if step == 3 else real(run, step, *x); "
-             "sys.exit(train.main())")
+             "train.leave_by(train.main)")
     both = pair(start, base, tmp_path / "run", "--timeout", 5,
                 second=[sys.executable, "-c", hangs])
     statuses = [ends(process, 20) for process in both]
@@ -297,10 +298,17 @@ def assert_both_end_with_status_2(both, *words):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--data-path", "/no/such"], ["process 1", "--data-path '/no/such'"])], ids=lambda x: x[0])
-def test_a_problem_of_one_process_ends_both_and_is_named(options, words, base, start, tmp_path):
-    common = [*TRAIN, *base, "--max-steps", 5, "--out-dir", tmp_path / "run", "--timeout", 20]
-    assert_both_end_with_status_2(start.ranks(common, common + options), *words)
+    (["--lr", "fast"], "argument --lr: invalid number value: 'fast'"),  # before anything is set up
+    (["--device", "mps"], "--device mps: there is none here"),
+    (["--data-path", "/no/such"], "--data-path '/no/such'")], ids=lambda x: str(x[0]))
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_problem_of_one_process_ends_both_and_is_named(
+        rank, options, words, base, start, tmp_path):
+    common = [*TRAIN, *base, "--max-steps", 5, "--out-dir", tmp_path / "run"]
+    both = [common, common]
+    both[rank] = common + options
+    assert_both_end_with_status_2(start.ranks(*both), *["process 1: "] * rank, words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_state_in_the_folder_of_one_ends_both(base, undisturbed, start, tmp_path):
@@ -531,7 +539,8 @@ def test_a_complete_folder_that_cannot_be_written_is_read(remote, tmp_path, monk
     assert lengths(name, root) == sizes and len(downloads) == 1
 
 
-if __name__ == "__main__":  # one of the processes: ten steps of every loss
+def main():
+    """One of the processes: ten steps of every loss."""
     folder, out, *losses = sys.argv[1:]
     train.analyze.curves = train.analyze.masks = lambda *_: None
     leave, train.dist.destroy_process_group = train.dist.destroy_process_group, lambda: None
@@ -543,3 +552,7 @@ if __name__ == "__main__":  # one of the processes: ten steps of every loss
             "--epochs", "20", "--max-steps", "10", "--drop-path", "0", *plain])))
     if "RANK" in os.environ:
         leave()
+
+
+if __name__ == "__main__":
+    leave_by(main)

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
+import checkpoint
 import objectives
 import train
 from conftest import call, parse
@@ -300,8 +300,8 @@ def test_a_checkpoint_holds_plain_tensors_and_the_completed_steps(whole):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_a_new_log(tmp_path):
     run = SimpleNamespace(args=SimpleNamespace(out_dir=str(tmp_path)), rank=0, step=0)
-    train.Log(run).write(dict(step=0, knn_top1=25.0))
-    assert train.Log(run).rows == [] and (tmp_path / "log.jsonl").read_text() == ""
+    checkpoint.Log(run).write(dict(step=0, knn_top1=25.0))
+    assert checkpoint.Log(run).rows == [] and (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_a_run_of_other_options_is_not_overwritten(whole, base, capsys):

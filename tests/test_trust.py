@@ -20,6 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import checkpoint
 import model
 import objectives
 import train
@@ -56,7 +57,7 @@ def end(pid):
 def steps_on_disk(out):
     """Steps of checkpoint.pt and previous.pt, which must load whenever they are there."""
     paths = [out / name for name in ("checkpoint.pt", "previous.pt")]
-    return [train.open_state(path)["step"] if path.exists() else 0 for path in paths]
+    return [checkpoint.open_state(path)["step"] if path.exists() else 0 for path in paths]
 
 
 def nursery_of_kills(root, kills, seed, options):
@@ -224,11 +225,11 @@ def test_a_run_killed_between_saving_and_logging_a_step_loses_no_row(
             raise Killed
         return real(log)
 
-    real = train.Log.put
-    monkeypatch.setattr(train.Log, "put", put)
+    real = checkpoint.Log.put
+    monkeypatch.setattr(checkpoint.Log, "put", put)
     with pytest.raises(Killed):
         call(*short, out_dir=tmp_path)
-    monkeypatch.setattr(train.Log, "put", real)
+    monkeypatch.setattr(checkpoint.Log, "put", real)
     assert state_of(tmp_path)["step"] == step
     assert call(*short, out_dir=tmp_path) == 0
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(7))
@@ -385,8 +386,8 @@ def test_rows_that_the_log_has_no_room_for_are_written_later(
 
     save = train.save_run
     monkeypatch.setattr(train, "save_run", save_run)
-    monkeypatch.setattr(train, "open", full(open), raising=False)
-    monkeypatch.setattr(train, "write_file", full(train.write_file))
+    monkeypatch.setattr(checkpoint, "open", full(open), raising=False)
+    monkeypatch.setattr(checkpoint, "write_file", full(checkpoint.write_file))
     assert call(*short, out_dir=tmp_path) == 0
     [warning] = capsys.readouterr().err.splitlines()  # not one a row
     assert "log.jsonl" in warning
@@ -582,7 +583,7 @@ WORDS = dict(rank="effective rank", spread="spread", rkd="rkd loss stays")
 def test_a_collapse_is_said_once_also_over_a_resume(what, recovered, tmp_path, capsys):
     run = SimpleNamespace(args=SimpleNamespace(out_dir=str(tmp_path)), rank=0, step=0, total=40)
     good = dict(effective_rank=10.0, feature_std=1.0, rkd=0.2, collapsed_rkd=0.5)
-    log = train.Log(run)
+    log = checkpoint.Log(run)
 
     def go(count, row):
         for _ in range(count):
@@ -595,7 +596,7 @@ def test_a_collapse_is_said_once_also_over_a_resume(what, recovered, tmp_path, c
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning") and WORDS[what] in line
     go(6 * recovered, good)
-    log = train.Log(run)  # as after a resume
+    log = checkpoint.Log(run)  # as after a resume
     go(6, good | BAD_ROWS[what])
     assert "warning" not in capsys.readouterr().err
 
