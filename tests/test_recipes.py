@@ -54,8 +54,8 @@ FROZEN = dict(freeze_patch_embed=True, fixed_pos=True)  # moco-v3 --stop-grad-co
 REST = {
     "dino-vits16-100ep": VIT_S | BYOLS | dict(
         loss="dino", temperature=0.1, teacher_temperature=[0.04, 0.04], prototypes=65536,
-        head_batchnorm=False, projection=256, head_hidden=2048, freeze_last_layer=1 / 100, drop_path=0.1,
-        crop_scale=[0.4, 1], local_crops=8, mask_ratio=0, global_crops=2),
+        head_batchnorm=False, projection=256, head_hidden=2048, freeze_last_layer=1 / 100,
+        drop_path=0.1, crop_scale=[0.4, 1], local_crops=8, mask_ratio=0, global_crops=2),
     "ibot-vits16-800ep": VIT_S | BYOLS | dict(
         loss="ibot", temperature=0.1, teacher_temperature=[0.04, 0.07], teacher_warmup=30 / 800,
         prototypes=8192, projection=256, head_hidden=2048, head_batchnorm=False,
