@@ -246,7 +246,8 @@ def test_attention_hides_what_the_teacher_attends_to_most(base, tmp_path):
 
 
 def test_every_declared_option_is_read():
-    trees = [ast.parse((ROOT / name).read_text()) for name in ("train.py", "objectives.py")]
+    trees = [ast.parse((ROOT / name).read_text())
+             for name in ("train.py", "objectives.py", "checkpoint.py")]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes if isinstance(node.ctx, ast.Load)
             and ast.unparse(node.value).endswith(("args", "parse_args(words)"))}
