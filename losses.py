@@ -24,6 +24,9 @@ Letters: N points, D width, B images, K prototypes, M hidden patches, P values i
 leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True = hidden.
 Left out: sampling of triplets (the mean below is exact), L2 normalisation (the caller's choice).
 """
+import math
+import os
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -67,6 +70,7 @@ def rkd_distance_loss(student, teacher):
     shift, rotation and scale of either side. N < 2 raises ValueError.
     """
     check_points(student, teacher, 2)
+    check_memory(student, 38)
     N = student.shape[-2]
 
     def normalized(x):
@@ -79,25 +83,28 @@ def rkd_distance_loss(student, teacher):
     return F.smooth_l1_loss(normalized(student), target) * N / (N - 1)  # the diagonal adds zeros
 
 
-def rkd_angle_loss(student, teacher):
+def rkd_angle_loss(student, teacher, vertices=None):
     """RKD-A (Park et al. 2019, eq. 8-9): (..., N, Ds), (..., N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the cosines at vertex j of every triplet of distinct points; exact mean
     over those N(N-1)(N-2) triplets. The original code averages all N³ entries, also those that are
     zero by construction: times N² / ((N-1)(N-2)) gives ours. A side of length zero counts as cosine
-    0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward. N < 3
-    raises ValueError.
+    0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
+    `vertices`, a slice: only the triplets with such a vertex j; the mean over equal parts is the
+    whole, so that processes can share the work. N < 3, or more than fits, raises ValueError.
     """
     check_points(student, teacher, 3)
+    check_memory(student, 52)
 
-    def squares(x):  # (sets, N, N), largest 1: angles do not see scale, float32 does
+    def squares(x):  # (sets, N, N), largest 1: angles do not see scale
         x = squared_distance(x)
         largest = x.detach().amax((-2, -1), keepdim=True)
-        return (x / torch.where(largest > 0, largest, 1)).float().reshape(-1, *x.shape[-2:])
+        return (x / torch.where(largest > 0, largest, 1)).reshape(-1, *x.shape[-2:])
 
     with torch.no_grad():
         target = squares(teacher)
-    return AngleHuber.apply(squares(student), target)
+    first, last, _ = (vertices or slice(None)).indices(student.shape[-2])
+    return AngleHuber.apply(squares(student), target, first, last).float()
 
 
 def pull_loss(student, teacher):
@@ -118,40 +125,57 @@ class AngleHuber(torch.autograd.Function):
         dc_ik / dS_ik = -1 / (2 d_ji d_jk)
         dc_ik / dS_ji = 1 / (2 d_ji d_jk) - c_ik / (2 S_ji)         (and S_jk alike)
 
-    The loss is a scalar, so its gradient is summed up in the forward pass, some vertices j at a
-    time: nothing of size N³ is ever kept for the backward pass.
+    The loss is a scalar, so its gradient is summed up in the forward pass: nothing of size N³ is
+    ever kept for the backward pass. It goes tile by tile: some vertices j, a block of rows i, and
+    the columns k from that block on, for c_ik = c_ki. What is right of the block counts twice.
+
+    S_jk - S_ik has few digits where i and j are much closer to each other than to k: then, and
+    where looking would make a GPU wait, all is computed in float64.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher):
-        B, N, _ = student.shape
+    def forward(ctx, student, teacher, first, last):
+        (B, N, _), dtype = student.shape, student.dtype
+        exact = student.device.type != "cpu" or torch.compiler.is_compiling() or any(
+            ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d below 1/100 of the largest
+        if not exact:
+            student, teacher = student.float(), teacher.float()
         inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
                                 for x in (student, teacher))
-        same = torch.eye(N, dtype=torch.bool, device=student.device)  # i = k is no triplet
         total, gradient = student.new_zeros(()), torch.zeros_like(student)
-        chunk = max(1, (2**17 if student.device.type == "cpu" else 2**23) // (B * N * N))
+        height = max(32, -(-N // 8))
 
-        def cosine(squares, inverse, j):
-            half = 0.5 * inverse[:, j, :, None] * inverse[:, j, None, :]  # 1 / (2 d_ji d_jk)
-            return half, (squares[:, j, :, None] + squares[:, j, None, :] - squares[:, None]) * half
+        def cosine(squares, inverse, j, i, k):
+            half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
+            sides = squares[:, j, i, None] + squares[:, j, None, k]
+            return half, sides.sub_(squares[:, None, i, k]).mul_(half)
 
-        for start in range(0, N, chunk):
-            j = slice(start, start + chunk)
-            half, cos = cosine(student, inverse_s, j)  # (B, chunk, N, N)
-            error = (cos - cosine(teacher, inverse_t, j)[1]).masked_fill_(same, 0)
-            slope = error.clamp(-1, 1)  # huber'(e)
-            total += (slope * (error - 0.5 * slope)).sum()  # = huber(e), inside and outside
-            push = half.mul_(slope)
-            gradient -= push.sum(1)
-            gradient[:, j] += 2 * push.sum(-1) - cos.mul_(slope).sum(-1) * inverse_s[:, j].square()
-        triplets = B * N * (N - 1) * (N - 2)
-        ctx.save_for_backward(gradient / triplets)
-        return total / triplets
+        for top in range(0, N, height):
+            i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
+            chunk = max(1, (2**17 if student.device.type == "cpu" else 2**22)
+                        // (B * width * (N - top)))
+            for start in range(first, last, chunk):
+                j = slice(start, min(start + chunk, last))
+                half, cos = cosine(student, inverse_s, j, i, k)  # (B, chunk, width, N - top)
+                error = cosine(teacher, inverse_t, j, i, k)[1].neg_().add_(cos)
+                error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+                slope = error.clamp(-1, 1)  # huber'(e)
+                huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
+                total += 2 * huber.sum() - huber[..., :width].sum()
+                slope[..., width:] *= 2
+                push, turn = half.mul_(slope), cos.mul_(slope)
+                gradient[:, i, k] -= push.sum(1)
+                for side, dim in ((i, -1), (k, -2)):
+                    gradient[:, j, side] += (
+                        push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
+        triplets = B * max(1, last - first) * (N - 1) * (N - 2)
+        ctx.save_for_backward((gradient / triplets).to(dtype))
+        return (total / triplets).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None
+        return grad_output * ctx.saved_tensors[0], None, None, None
 
 # ---- other relations: the study's controls -----------------------------------------------------
 
@@ -336,6 +360,12 @@ def feature_loss(prediction, target, mask, beta=1.0):
 
 def check_points(student, teacher, least, sets=True):
     """Refuse what has no relation: sets of different size, or of fewer than `least` points."""
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(f"student {student.dtype}, teacher {teacher.dtype}: points are of floating "
+                         "point; convert them with .float()")
+    if student.device != teacher.device:
+        raise ValueError(f"the student's points are on {student.device}, the teacher's on "
+                         f"{teacher.device}: move them to one device")
     if (student.dim() < 2 or student.dim() > 2 and not sets
             or student.shape[:-1] != teacher.shape[:-1]):
         raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
@@ -344,6 +374,22 @@ def check_points(student, teacher, least, sets=True):
     if student.shape[-2] < least:
         raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
                          "use a larger batch")
+
+
+def check_memory(x, per_pair):
+    """Refuse points (..., N, D) whose pairs, at so many bytes each, this device can never hold."""
+    N, sets = x.shape[-2], math.prod(x.shape[:-2])
+    needed, there = per_pair * sets * N * N, math.inf
+    if needed > 2**30:  # else do not even ask
+        if x.device.type == "cuda":
+            there = torch.cuda.get_device_properties(x.device).total_memory
+        elif hasattr(os, "sysconf"):  # not on Windows
+            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"{sets} x " * (sets > 1) + f"{N} points: the matrices of their pairs need "
+            f"{needed / 2**30:.1f} GiB and {x.device} has {there / 2**30:.1f}: take fewer anchors "
+            "(a part of the batch), or distances only (--angle-weight 0)")
 
 
 def check_pairs(a, b, least):

@@ -144,6 +144,44 @@ def test_angle_loss_is_exact_when_it_takes_the_vertices_in_several_parts():
     assert error < 1e-4 * torch.stack(expected).norm()
 
 
+@pytest.mark.parametrize("N", [70, 130])  # blocks of 32 rows: one of 6, one of 2 at the end
+def test_angle_loss_is_exact_in_several_blocks_with_copies_and_in_half_precision(N):
+    student, teacher = cloud(N, 6).half(), cloud(N, 5, seed=1).half()
+    student[1], student[N - 1], teacher[2] = student[0], student[40], teacher[N - 2]
+    expected = angle_definition(student, teacher).float()
+    assert_close(rkd_angle_loss(student, teacher), expected, rtol=1e-5, atol=0)
+    push = gradient(angle_definition, student.double(), teacher)
+    error = gradient(rkd_angle_loss, student.double(), teacher) - push
+    assert error.norm() < 1e-5 * push.norm()
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_points_that_nearly_coincide_cost_the_angle_no_digits(apart):
+    student, teacher = cloud(12, 64), cloud(12, 5, seed=1)
+    student[1] = student[0] + apart * cloud(64, seed=2)
+    teacher[3] = teacher[2] + apart * cloud(5, seed=3)
+    expected = gradient(angle_definition, student.double(), teacher)
+    error = (gradient(rkd_angle_loss, student, teacher) - expected).norm(dim=1)
+    assert (error < 3e-5 * expected.norm(dim=1)).all()  # of each point: those two are pushed most
+
+
+def test_angles_at_parts_of_the_vertices_average_to_those_at_all():
+    def parts(student, teacher):
+        return sum(rkd_angle_loss(student, teacher, slice(at, at + 4)) for at in (0, 4, 8)) / 3
+
+    student, teacher = cloud(12, 4), cloud(12, 7, seed=1)
+    assert_close(parts(student, teacher), rkd_angle_loss(student, teacher))
+    assert_close(gradient(parts, student, teacher), gradient(rkd_angle_loss, student, teacher))
+
+
+@both
+def test_relations_compile_to_one_graph(loss):
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    student, teacher = cloud(12, 4), cloud(12, 7, seed=1)
+    assert_close(compiled(student, teacher), loss(student, teacher))
+    assert_close(gradient(compiled, student, teacher), gradient(loss, student, teacher))
+
+
 @both
 def test_gradient_equals_finite_differences_of_the_definition(loss):
     student, teacher, step = cloud(5, 2), cloud(5, 3, seed=1), 1e-5
@@ -319,6 +357,21 @@ def test_what_is_kept_for_the_backward_pass_is_quadratic(loss):
 def test_sets_that_do_not_match_are_refused(loss, s, t):
     with pytest.raises(ValueError, match="width D may differ"):
         loss(cloud(*s), cloud(*t))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, cka_loss, ressl_loss])
+def test_whole_numbers_and_two_devices_are_refused(loss):
+    with pytest.raises(ValueError, match=r"int64.*float\(\)"):
+        loss(torch.arange(12).view(4, 3), cloud(4, 3))
+    with pytest.raises(ValueError, match="cpu.*meta.*one device"):
+        loss(cloud(4, 3), cloud(4, 3).to("meta"))
+
+
+@both
+def test_more_points_than_the_memory_holds_are_refused_before_any_is_asked_for(loss):
+    many = torch.zeros(1, 1).expand(10**6, 1)
+    with pytest.raises(ValueError, match=r"1000000 points.*GiB.*fewer anchors.*--angle-weight 0"):
+        loss(many, many)
 
 
 # ---------- the pull, and the instruments ----------
