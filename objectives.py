@@ -203,11 +203,13 @@ def rkd(seen):
 
     w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views, never
     from a student to a teacher. Relations are blind to any rigid motion, so nothing in them ties
-    the two views of one image together; the small pull does.
+    the two views of one image together; the small pull does. The angles, which cost the cube of
+    their number, are shared: each process takes those at its own images, among the points of all.
     """
     args = seen.args
     pairs = other_views(*map(everywhere, (seen.student_points("rkd"), seen.teacher_points("rkd"))))
-    each = [relations(*pair, args) for pair in pairs]
+    vertices = own_rows(pairs[0][0])
+    each = [relations(*pair, args, vertices) for pair in pairs]
     parts = {name: mean(losses[name] for losses in each) for name in each[0]}
     total = weigh(parts, args)
     if args.pull_weight:
@@ -220,7 +222,7 @@ def rkd(seen):
 
     @cache  # both plateaus come from one computation, and only when a row is written
     def collapsed():
-        return [relations(torch.zeros_like(s), t, args) for s, t in pairs]
+        return [relations(torch.zeros_like(s), t, args, vertices) for s, t in pairs]
 
     def plateau(name):
         return mean(losses[name] for losses in collapsed())
@@ -228,14 +230,22 @@ def rkd(seen):
     return total, parts | {f"collapsed_{name}": partial(plateau, name) for name in each[0]}
 
 
-def relations(student, teacher, args):
+def relations(student, teacher, args, vertices=None):
     """The two relational losses between points (..., N, D); a weight of 0 is not computed."""
     losses = {}
     if args.distance_weight:
         losses["distance"] = rkd_distance_loss(student, teacher)
     if args.angle_weight:
-        losses["angle"] = rkd_angle_loss(student, teacher)
+        losses["angle"] = rkd_angle_loss(student, teacher, vertices)
     return losses
+
+
+def own_rows(points):
+    """Which of the points of all processes are this one's, as a slice."""
+    if not dist.is_initialized():
+        return slice(None)
+    B = len(points) // dist.get_world_size()
+    return slice(dist.get_rank() * B, (dist.get_rank() + 1) * B)
 
 
 def weigh(losses, args):
