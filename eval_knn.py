@@ -36,7 +36,7 @@ def features_of(vit, images, pool):
         return F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
     if pool == "last4":
         return torch.cat([tokens[:, 0] for tokens in vit.last_blocks(images, 4)], 1)
-    return pool_tokens(vit(images), pool)
+    return pool_tokens(vit(images, cls_only=pool == "cls"), pool)
 
 
 @torch.no_grad()

@@ -92,13 +92,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x):
+    def heads(self, x, part=slice(None)):
+        """Some of q, k and v, all three unless said: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D / H)
+        weight, bias = (w.unflatten(0, (3, D))[part].flatten(0, 1) for w in self.qkv.parameters())
+        qkv = F.linear(x, weight, bias).view(B, N, -1, self.num_heads, D // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4)
 
-    def forward(self, x):
-        return self.proj(F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2))
+    def forward(self, x, cls_only=False):
+        qkv = ((*self.heads(x[:, :1], slice(0, 1)), *self.heads(x, slice(1, 3))) if cls_only
+               else self.heads(x))
+        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
     def weights(self, x):
         """The attention map itself, (B, H, N, N): for pictures and for attention-guided masks."""
@@ -132,8 +136,9 @@ class Block(nn.Module):
         keep = 1 - self.drop_path
         return x * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep) / keep
 
-    def forward(self, x):
-        x = x + self.skip(self.attn(self.norm1(x)))
+    def forward(self, x, cls_only=False):
+        """(B, N, D) -> the same; of the first token alone (B, 1, D) at the price of one query."""
+        x = (x[:, :1] if cls_only else x) + self.skip(self.attn(self.norm1(x), cls_only))
         return x + self.skip(self.mlp(self.norm2(x)))
 
 
@@ -208,11 +213,15 @@ class VisionTransformer(nn.Module):
             x = x + pos[:, 1:]
         return torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1), x], 1)
 
-    def forward(self, images, mask=None, drop=False, norm=True):
-        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D)."""
+    def forward(self, images, mask=None, drop=False, norm=True, cls_only=False):
+        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D).
+
+        `cls_only` gives (B, 1, D) and saves most of the last block, whose patches nobody reads.
+        """
         x = self.embed(images, mask, drop)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
+        x = self.blocks[-1](x, cls_only)
         return self.norm(x) if norm else x
 
     def last_blocks(self, images, n):
@@ -327,8 +336,8 @@ POOLS = "mean cls cls+mean".split()
 
 def pool_tokens(tokens, pool):
     """The feature of an image, (B, 1 + N, D) -> (B, D): CLS, mean of patches, or both (B, 2D)."""
-    cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
-    return dict(cls=cls, mean=mean)[pool] if pool != "cls+mean" else torch.cat([cls, mean], 1)
+    makers = dict(cls=lambda: tokens[:, 0], mean=lambda: tokens[:, 1:].mean(1))
+    return torch.cat([makers[name]() for name in pool.split("+")], 1)
 
 
 # name -> constructor; tiny, small and base are DeiT's, small_12heads is MoCo v3's ViT-S, micro and

@@ -115,13 +115,16 @@ class Seen:
         self.args, self.student, self.teacher = system.args, system.student, system.teacher
         self.state, self.tokenizer = system.state, system.tokenizer
         self.strong, self.mask, self.progress, G = strong, mask, progress, system.args.global_crops
+        self.cls_only = self.args.pool == "cls" and not reads_patches(self.args)
         self.globals = torch.cat(strong[:G])  # (G·B, 3, S, S)
         self.whole = torch.cat(weak[:G]) if self.args.weak_teacher else self.globals
 
     @cached_property
     def tokens(self):
-        """The student's, of the global views under the mask: (G·B, 1 + N, D), V for N if dropped"""
-        return self.student.backbone(self.globals, self.mask, self.args.hide == "drop")
+        """The student's, of the global views under the mask: (G·B, 1 + N, D), V for N if dropped,
+        the CLS alone where no term reads more."""
+        return self.student.backbone(self.globals, self.mask, self.args.hide == "drop",
+                                     cls_only=self.cls_only)
 
     @cached_property
     def features(self):
@@ -129,7 +132,8 @@ class Seen:
         G = self.args.global_crops
         features = [*pool_tokens(self.tokens, self.args.pool).chunk(G)]
         if len(self.strong) > G:
-            local = self.student.backbone(torch.cat(self.strong[G:]))
+            local = self.student.backbone(torch.cat(self.strong[G:]),
+                                          cls_only=self.args.pool == "cls")
             features += pool_tokens(local, self.args.pool).chunk(len(self.strong) - G)
         return features
 
@@ -137,7 +141,7 @@ class Seen:
     @torch.no_grad()
     def unnormed(self):
         """The teacher's tokens of the whole global views, before the last norm: (G·B, 1 + N, D)."""
-        return self.teacher.backbone(self.whole, norm=False)
+        return self.teacher.backbone(self.whole, norm=False, cls_only=self.cls_only)
 
     @cached_property
     @torch.no_grad()
@@ -577,6 +581,12 @@ def check(args):
         what = ("dbot" if "dbot" in terms else "--teacher-checkpoint" if args.teacher_checkpoint
                 else f"--stages {args.stages}")
         raise ValueError(f"{what} has a frozen teacher, not --teacher ema: take --teacher frozen")
+
+
+def reads_patches(args):
+    """Does any term read more of the student's tokens than the feature of the image?"""
+    return any(OBJECTIVES[name].hide or name == "rkd" and args.patch_weight
+               for name in parse_loss(args.loss))
 
 
 def least_images(args):

@@ -117,6 +117,20 @@ def test_without_norm_the_tokens_are_those_before_the_last_norm(drop):
     assert vit(IMAGES, MASK, drop).equal(vit.norm(x))
 
 
+@pytest.mark.parametrize("options", [dict(), dict(mask=MASK), dict(mask=MASK, drop=True),
+                                     dict(norm=False)], ids=str)
+def test_the_cls_alone_is_the_first_of_all_tokens_and_has_its_gradient(options):
+    whole, alone = small().double(), small().double()
+    expected = whole(IMAGES.double(), **options)[:, :1]
+    found = alone(IMAGES.double(), **options, cls_only=True)
+    assert_close(found, expected)
+    for x in (found, expected):
+        x.square().sum().backward()
+    for (name, a), b in zip(alone.named_parameters(), whole.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.allclose(a.grad, b.grad), name
+
+
 def test_last_blocks_are_the_tokens_on_the_way_through_the_norm():
     vit = small()
     first, last = vit.last_blocks(IMAGES, 2)

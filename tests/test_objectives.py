@@ -721,6 +721,27 @@ def test_a_tokenizer_of_the_user_names_the_patches(monkeypatch):
     assert_close(loss.detach(), torch.arange(24.).logsumexp(0) - 3)
 
 
+@pytest.mark.parametrize("loss", ["dino", "rkd", "simclr", "dino+rkd", "ibot", "rkd+mae"])
+def test_patches_that_no_term_reads_are_left_out_of_the_last_block_and_change_nothing(
+        loss, monkeypatch):
+    def value():
+        system = build(loss, "--pool", "cls", "--local-crops", "1")
+        return system(*batch(system))[0]
+
+    read, real = [], VisionTransformer.forward
+
+    def forward(self, *args, cls_only=False, **options):
+        read.append(cls_only)
+        return real(self, *args, cls_only=cls_only and spared, **options)
+
+    monkeypatch.setattr(VisionTransformer, "forward", forward)
+    spared = True
+    found = value()
+    assert False not in read or loss in ("ibot", "rkd+mae") and read.count(True) == 1  # local view
+    spared = False
+    assert_close(found, value(), rtol=1e-5, atol=1e-6)
+
+
 def test_resting_prototypes_lose_their_gradient_and_nothing_else_does():
     system = build("dino+ibot+moco")
     system(*batch(system))[0].backward()

@@ -141,7 +141,7 @@ class Fake(torch.nn.Module):
         super().__init__()
         self.points, self.patches, self.seen, self.norm = points, patches, [], torch.nn.Identity()
 
-    def forward(self, images, mask=None, drop=False, norm=True):
+    def forward(self, images, mask=None, drop=False, norm=True, cls_only=False):
         self.seen.append((images, mask))
         patches = self.patches[:len(images)]
         if drop:
