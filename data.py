@@ -522,19 +522,19 @@ def loader(folder, batches, workers, device):
                                        collate_fn=collate, pin_memory=device.type == "cuda")
 
 
-def train_batches(data, steps, views, seed, device, workers=0, **colours):
+def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colours):
     """Batches of views: for each (epoch, index (B,)) of `steps`, (index, weak, strong).
 
-    Both are lists, one normalised (B, 3, S, S) for each (side, scale of area) of `views`: `weak` is
-    cropped and flipped, `strong` the same crop with new colours, where any of `colours` is given: a
-    number, or a list of one a view.
+    Both are lists, one normalised (B, 3, S, S) for each (side, scale of area) of `views`: weak is
+    cropped and flipped (an empty list where nobody wants it), strong the same crop with new
+    colours, where any of `colours` is given: a number, or a list of one a view.
     """
     def finish(crops, epoch, index):
         strong = [colour(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
                          **{name: value[view] if isinstance(value, list) else value
                             for name, value in colours.items()})
                   for view, x in enumerate(crops)] if colours else crops
-        return index, [normalize(x) for x in crops], [normalize(x) for x in strong]
+        return index, [normalize(x) for x in crops * weak], [normalize(x) for x in strong]
 
     if isinstance(data, Images):
         images = data.images.to(device)

@@ -447,8 +447,9 @@ def prepare(args):
              + [(small, (0.05, args.crop_scale[0]))] * local)
     order = sample_order(run.count, run.step, run.stop, args, run.rank, run.world)
     run.batches = train_batches(
-        run.train_set, order, views, args.seed, run.device, args.workers, jitter=args.jitter,
-        hue=args.hue, grey_probability=args.grey,
+        run.train_set, order, views, args.seed, run.device, args.workers,
+        weak=args.weak_teacher or args.mask == "attention", jitter=args.jitter, hue=args.hue,
+        grey_probability=args.grey,
         blur_probability=args.blur[:args.global_crops] + [0.5 * any(args.blur)] * local,
         solarize_probability=args.solarize[:args.global_crops] + [0.0] * local)
     return run
@@ -514,6 +515,15 @@ def train(run):
                unit_scale=True, disable=None if run.rank == 0 else True)
     since, waited, steps, stopping = time.perf_counter(), 0.0, 0, 0
 
+    def fetch():
+        nonlocal waited
+        start = time.perf_counter()
+        watch.mark(f"waiting for images after step {run.step}")
+        batch = next(run.batches, None)
+        waited += time.perf_counter() - start
+        return batch
+
+    batch = fetch()
     for step in range(run.step, run.stop):
         stage, place = divmod(step, run.stage)
         if stage and not place:
@@ -524,10 +534,7 @@ def train(run):
         torch.manual_seed(fold(args.seed, 3, step, run.rank))  # of drop-path, the only draw from it
         remembered = dict(system.state)
         for piece in range(args.grad_accum):
-            start = time.perf_counter()
-            watch.mark(f"waiting for images at step {step + 1}")
-            _, weak, strong = next(run.batches)
-            waited += time.perf_counter() - start
+            _, weak, strong = batch
             watch.mark(f"drawing masks at step {step + 1}")
             mask = draw_masks(run, step, piece, weak)
             watch.mark(f"computing step {step + 1}")
@@ -538,6 +545,7 @@ def train(run):
                 # outside autocast: geometry keeps its float32. The factor is 1, or NaN where the
                 # loss is not finite: so all processes learn it from their common gradient
                 (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
+            batch = fetch()  # the next, while a GPU still computes
         norm = clip(run, parameters)
         finite = math.isfinite(norm)
         if finite:
