@@ -433,27 +433,48 @@ def crop(images, draw, size, scale):
     return rows @ (images.float() / 255) @ columns.mT
 
 
-def crop_pil(image, draw, size, scale):
-    """The same of one PIL image, draws (1, 23) -> uint8 (3, S, S): what a loader's worker does."""
-    top, left, h, w = (int(x) for x in crop_boxes(draw, image.height, image.width, scale))
+def crop_pil(image, box, flip, size):
+    """The same of one PIL image -> uint8 (3, S, S): what a loader's worker does."""
+    top, left, h, w = box
     view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR)
-    return to_tensor(ImageOps.mirror(view) if draw[0, 22] < 0.5 else view)
+    return to_tensor(ImageOps.mirror(view) if flip else view)
 
+
+# Colours work in place, plane by plane, on tensors that they made themselves: a pass over the
+# pixels is what costs, on any device.
 
 def grey(x):
     """ITU-R 601 luma, as torchvision: (B, 3, S, S) -> (B, 1, S, S)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def shift_hue(x, turns):
-    """Exact HSV hue shift by `turns` (B, 1, 1): (B, 3, S, S) -> (B, 3, S, S)."""
-    value, least = x.amax(1), x.amin(1)
-    spread = value - least
+    """Exact HSV hue shift by `turns` (B, 1, 1): (B, 3, S, S) -> (B, 3, S, S).
+
+    With c = max - min and the hue h in sixths of a turn, h = 1 + (g - r) / c where blue is least,
+    3 + (b - g) / c where red is, 5 + (r - b) / c where green is. Back again (v clamped to 1 .. 2):
+    r = min - c + c·v(|h - 3|),  g = min + 2c - c·v(|h - 2|),  b = min + 2c - c·v(|h - 4|).
+    """
+    def step(a, b):  # 1 where a > b, else 0: comparing and choosing by bools takes five times longer
+        return (a - b).mul_(1e20).clamp_(0, 1)
+
     red, green, blue = x.unbind(1)
-    safe = spread.clamp_min(1e-8)
-    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    hue = torch.where(value == red, (green - blue) / safe, hue) / 6
-    return hsv_to_rgb(hue + turns, spread / value.clamp_min(1e-8), value)
+    other, most = torch.minimum(red, blue), torch.maximum(torch.maximum(red, blue), green)
+    least = torch.minimum(other, green)
+    spread = most.sub_(least)
+    inverse, one = spread.clamp_min(1e-8).reciprocal_(), x.new_ones(())
+    hue = torch.addcmul(one, green - red, inverse)
+    hue.lerp_(torch.addcmul(3 * one, blue - green, inverse), step(blue, red))
+    hue.lerp_(torch.addcmul(5 * one, red - blue, inverse), step(other, green))
+    hue.add_(6 * turns)
+    hue.sub_((hue / 6).floor_(), alpha=6)  # 0 .. 6
+    out, down = torch.empty_like(x), least - spread
+    up = least.add_(spread, alpha=2)
+    for channel, centre, start, sign in ((0, 3, down, 1), (1, 2, up, -1), (2, 4, up, -1)):
+        v = (hue - centre).abs_().clamp_(1, 2)
+        torch.addcmul(start, v, spread, value=sign, out=out[:, channel])
+    return out
 
 
 def blur(x, sigma):
@@ -462,15 +483,24 @@ def blur(x, sigma):
     It is separable: one (S, S) matrix an image, for the rows and for the columns.
     """
     S = x.shape[-1]
-    radius = min(S - 1, math.ceil(S / 20))
+    radius = min(S - 1, math.ceil(S / 20), 8)  # sigma is at most 2: beyond 4 sigma is nothing
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     weight = torch.exp(-0.5 * (offsets / sigma.unsqueeze(1)).square())
+    weight.masked_fill_(weight < 1e-8, 0)  # denormal numbers are slow
     weight = weight / weight.sum(1, keepdim=True)  # (B, taps)
     at = torch.arange(S, device=x.device).unsqueeze(1) + offsets
     at = S - 1 - (S - 1 - at.abs()).abs()  # reflected
     matrix = x.new_zeros(len(x), S, S)
     matrix.scatter_add_(2, at.expand(len(x), -1, -1), weight.unsqueeze(1).expand(-1, S, -1))
-    return matrix.unsqueeze(1) @ x @ matrix.mT.unsqueeze(1)
+    matrix = matrix.unsqueeze(1)
+
+    def rows(x):  # matrix @ x, some rows at a time: a band of the matrix is all that is not zero
+        step = 56 if x.device.type == "cpu" and S > 128 else S
+        bands = [(slice(top, top + step), slice(max(0, top - radius), top + step + radius))
+                 for top in range(0, S, step)]
+        return torch.cat([matrix[:, :, out, band] @ x[:, :, band] for out, band in bands], 2)
+
+    return rows(rows(x).mT).mT
 
 
 def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=0.5,
@@ -482,32 +512,53 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
     """
     draw = draw.view(len(x), 9, 1, 1, 1)
     factor = 1 + jitter * (2 * draw[:, 1:4] - 1)
-    y = (x * factor[:, 0]).clamp(0, 1)
-    mean = grey(y).mean((2, 3), keepdim=True)
-    y = (mean + (y - mean) * factor[:, 1]).clamp(0, 1)
-    shade = grey(y)
-    y = (shade + (y - shade) * (1 + (factor[:, 2] - 1) / 2)).clamp(0, 1)
-    y = shift_hue(y, hue * (2 * draw[:, 4, 0] - 1)) if hue else y
-    x = torch.where(draw[:, 0] < 0.8, y, x)
-    x = torch.where(draw[:, 5] < grey_probability, grey(x), x)
+    bright, contrast, saturation = factor[:, 0], factor[:, 1], 1 + (factor[:, 2] - 1) / 2
+
+    def jittered(x, rows):
+        b, c, s = bright[rows], contrast[rows], saturation[rows]
+        x = (x * b).clamp_(0, 1)
+        mean = grey(x).mean((2, 3), keepdim=True)
+        x.mul_(c).add_(mean * (1 - c)).clamp_(0, 1)
+        shade = grey(x)
+        x.mul_(s).add_(shade.mul_(1 - s)).clamp_(0, 1)
+        return shift_hue(x, hue * (2 * draw[rows, 4, 0] - 1)) if hue else x
+
+    x = where_drawn(draw[:, 0] < 0.8, x, jittered)
+    x = where_drawn(draw[:, 5] < grey_probability, x, lambda x, _: grey(x).expand_as(x))
     if blur_probability:
         sigma = 0.1 + (min(2.0, x.shape[-1] / 32) - 0.1) * draw[:, 7].flatten()
-        x = torch.where(draw[:, 6] < blur_probability, blur(x, sigma), x)
+        x = where_drawn(draw[:, 6] < blur_probability, x, lambda x, rows: blur(x, sigma[rows]))
     if solarize_probability:
-        x = torch.where((draw[:, 8] < solarize_probability) & (x >= 0.5), 1 - x, x)
+        x = where_drawn(draw[:, 8] < solarize_probability, x,
+                        lambda x, _: torch.where(x >= 0.5, 1 - x, x))
     return x
+
+
+def where_drawn(drawn, x, change):
+    """Images (B, ..) with `change(images, their rows)` where they were drawn, (B, 1, 1, 1).
+
+    A GPU would have to wait to know how many those are: there all are changed, and some chosen.
+    """
+    if x.device.type != "cpu":
+        return torch.where(drawn, change(x, slice(None)), x)
+    rows = drawn.flatten().nonzero().flatten()
+    if len(rows) == len(x):
+        return change(x, rows)
+    return x.index_put((rows,), change(x[rows], rows)) if len(rows) else x
 
 
 def normalize(x):
     """[0, 1] -> zero mean and unit variance by ImageNet's statistics."""
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)).div_(x.new_tensor(STD).view(3, 1, 1))
 
 
 def cut(image, epoch, index, seed, views):
     """All crops of one PIL image: `views` is a list of (side, scale of area)."""
-    draws = [uniform(CROP_DRAWS, seed, epoch, torch.tensor([index]), view)
-             for view in range(len(views))]
-    return [crop_pil(image, draw, size, scale) for draw, (size, scale) in zip(draws, views)]
+    draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one a view
+    scales = torch.tensor([scale for _, scale in views]).T.unsqueeze(2)
+    boxes = torch.stack(crop_boxes(draws, image.height, image.width, scales), 1).tolist()
+    flips = (draws[:, 22] < 0.5).tolist()
+    return [crop_pil(image, box, flip, size) for box, flip, (size, _) in zip(boxes, flips, views)]
 
 
 def collate(items):
@@ -522,6 +573,23 @@ def loader(folder, batches, workers, device):
                                        collate_fn=collate, pin_memory=device.type == "cuda")
 
 
+def unit(x):
+    """uint8 -> float32 in [0, 1], which is left as it is."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def coloured(crops, draw, options):
+    """Crops, uint8 or in [0, 1], with new colours (none where there are no options), normalised.
+
+    On a CPU some images at a time, so that the many passes over them stay in its cache.
+    """
+    if not options:
+        return normalize(unit(crops))
+    few = max(1, 2**18 // crops.shape[-1]**2) if crops.device.type == "cpu" else len(crops)
+    return torch.cat([normalize(colour(unit(x), d, **options))
+                      for x, d in zip(crops.split(few), draw.split(few))])
+
+
 def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colours):
     """Batches of views: for each (epoch, index (B,)) of `steps`, (index, weak, strong).
 
@@ -530,11 +598,10 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colo
     colours, where any of `colours` is given: a number, or a list of one a view.
     """
     def finish(crops, epoch, index):
-        strong = [colour(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
-                         **{name: value[view] if isinstance(value, list) else value
-                            for name, value in colours.items()})
-                  for view, x in enumerate(crops)] if colours else crops
-        return index, [normalize(x) for x in crops * weak], [normalize(x) for x in strong]
+        strong = [coloured(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
+                           {name: value[view] if isinstance(value, list) else value
+                            for name, value in colours.items()}) for view, x in enumerate(crops)]
+        return index, [normalize(unit(x)) for x in crops * weak], strong
 
     if isinstance(data, Images):
         images = data.images.to(device)
@@ -550,7 +617,7 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colo
     keys = ([(epoch, i) for i in index.tolist()] for epoch, index in steps)
     for (epoch, _), (crops, index, bad) in zip(again, loader(data, keys, workers, device)):
         data.report(bad)
-        crops = [x.to(device, non_blocking=True).float() / 255 for x in crops]
+        crops = [x.to(device, non_blocking=True) for x in crops]
         yield finish(crops, epoch, index.to(device))
 
 
