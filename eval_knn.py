@@ -217,7 +217,6 @@ def main():
     add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
     args, run, train, test = start(parser)
-    run.watch.over = True  # from here each works alone
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if ks != sorted(set(args.k)):
@@ -228,11 +227,20 @@ def main():
     classes = int(max(train[1].max(), test[1].max())) + 1
 
     def accuracies(references, queries):
-        scores = knn_scores(*references, queries[0], classes, ks, args.temperature)
-        return {k: percent(x.argmax(1) == queries[1]) for k, x in scores.items()}
+        """{k: percent right}; each process looks up its share of the queries."""
+        references, right = [x.to(run.device) for x in references], {k: [] for k in ks}
+        share = [x.tensor_split(run.world)[run.rank] for x in queries]
+        for features, labels in zip(*(x.split(4096) for x in share)):
+            run.watch.mark("searching")
+            scores = knn_scores(*references, features.to(run.device), classes, ks, args.temperature)
+            for k, x in scores.items():
+                right[k].append(x.argmax(1).cpu() == labels)
+        right = {k: torch.cat([*x, torch.zeros(0, dtype=torch.bool)]) for k, x in right.items()}
+        return {k: percent(torch.cat([part[k] for part in everywhere(right)])) for k in ks}
 
     chosen_by = accuracies([x[fit] for x in train], [x[choose] for x in train])
     top1 = accuracies(train, test)
+    run.watch.over = True
     best = max(ks, key=chosen_by.get)
     report([("k", "held out", "test")] + [(str(k), chosen_by[k], top1[k]) for k in ks],
            {"knn_top1": top1[best], "k": best, **{f"knn_top1_k{k}": top1[k] for k in ks},
