@@ -485,7 +485,7 @@ def set_up(run):
     groups = [dict(params=[p for p in parameters if p.dim() in (2, 4)]),
               dict(params=[p for p in parameters if p.dim() in (1, 3)])]
     run.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-6,
-                                      fused=run.device.type == "cuda")
+                                      fused=run.device.type != "mps")
 
     # -- resume
     args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{args.data}"
