@@ -25,7 +25,6 @@ leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True
 Left out: sampling of triplets (the mean below is exact), L2 normalisation (the caller's choice).
 """
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -380,11 +379,16 @@ def check_memory(x, per_pair):
     """Refuse points (..., N, D) whose pairs, at so many bytes each, this device can never hold."""
     N, sets = x.shape[-2], math.prod(x.shape[:-2])
     needed, there = per_pair * sets * N * N, math.inf
-    if needed > 2**30:  # else do not even ask
-        if x.device.type == "cuda":
-            there = torch.cuda.get_device_properties(x.device).total_memory
-        elif hasattr(os, "sysconf"):  # not on Windows
-            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed < 2**30 or torch.compiler.is_compiling():  # do not even ask
+        return
+    if x.device.type == "cuda":
+        there = torch.cuda.get_device_properties(x.device).total_memory
+    else:
+        try:
+            with open("/proc/meminfo") as file:  # Linux
+                there = 1024 * int(file.readline().split()[1])
+        except (OSError, ValueError):
+            return
     if needed > there:
         raise ValueError(
             f"{sets} x " * (sets > 1) + f"{N} points: the matrices of their pairs need "
