@@ -38,7 +38,7 @@ def hide_highest(scores, count):
         ranks = scores.argsort(1, descending=True).argsort(1)
         return ranks < count.to(scores.device).unsqueeze(1)
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, scores.topk(count, dim=1).indices, True)
+    return mask.scatter_(1, scores.topk(count, dim=1, sorted=False).indices, True)
 
 
 def random_mask(batch, grid, ratio, generator=None, device=None, unit=1):
