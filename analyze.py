@@ -1,27 +1,47 @@
-"""Pictures of a run, each from its folder alone; train.py draws both when it ends.
+"""The pictures and tables of the README, one sub-command each, from the folders of runs.
 
-    python analyze.py curves runs/rkd-textures   # curves.png: k-NN, losses, effective rank by step
-    python analyze.py masks runs/rkd-textures    # masks.png: what both see, how they relate images
+    python analyze.py curves RUN ..       k-NN, losses, rank; of several runs mean and spread
+    python analyze.py table RUN ..        Markdown, the seeds of one configuration in one row
+    python analyze.py masks RUN           what both networks see, how they relate test images
+    python analyze.py views RUN           what the augmentation makes of an image
+    python analyze.py relations RUN ..    distances and angles of teacher and student
+    python analyze.py attention C ..      where the CLS of the last block looks
+    python analyze.py pca C ..            first three principal components of the patch tokens
+    python analyze.py factors C ..        what of a texture is linearly readable, block by block
+    python analyze.py similarity C ..     CKA (Kornblith et al. 2019) of all blocks with all others
+    python analyze.py spectrum C ..       singular values, effective rank, attention distance
 
-Left out so far: comparing several runs.
+RUN is the --out-dir of train.py, C that or any checkpoint that `load_backbone` reads (its --data
+may have to be said). Each writes NAME.png into the first folder, or --out. train.py draws the first
+and the third when it ends.
+
+Left out: anything that needs two runs to have seen the same images in the same order.
 """
 import argparse
 import itertools
 import json
+import math
 import os
+import statistics
+import sys
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from data import MEAN, STD, eval_batches, fold, load_data, train_batches
+from data import (FACTORS, MEAN, STD, eval_batches, fold, load_data, normalize, textures,
+                  train_batches)
 from launch import Parser
-from losses import pairwise_distance
+from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
-from model import pool_tokens, read_file
+from model import ARCHS, open_backbone, pool_tokens, read_file
 from objectives import OBJECTIVES, System
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
+STYLES = ["-", "--", ":", "-."]
+NOT_THE_SYSTEM = ("seed out_dir device workers data_path resume recipe save_every log_every "
+                  "eval_every timeout compile").split()
 
 
 def new_figure(mosaic, size):
@@ -31,22 +51,108 @@ def new_figure(mosaic, size):
     return figure, figure.subplot_mosaic(mosaic)
 
 
-def curves(folder):
-    """curves.png from log.jsonl and args.json."""
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        rows = [json.loads(line) for line in file]
-    if not all(isinstance(x, (int, float, type(None))) for row in rows for x in row.values()):
-        raise ValueError("log.jsonl has something else than numbers")
+def new_grid(rows, columns, size):
+    """(figure, axes [row][column]) without frames, each of so many inches."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(columns * size, rows * size), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for place in axes.flat:
+        place.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+def read_run(folder):
+    """A run's options and rows; a line that was cut, or is none of ours, is left out."""
     with open(os.path.join(folder, "args.json")) as file:
-        kept = "teacher" if json.load(file)["teacher"] == "ema" else "student"
+        args = json.load(file)
+    rows, seconds, before = [], 0.0, 0
+    with open(os.path.join(folder, "log.jsonl"), errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int and all(
+                    isinstance(x, (int, float, type(None))) for x in row.values()):
+                images = (row["step"] - before) * args["batch_size"]
+                seconds += images / row["images_per_second"] if row.get("images_per_second") else 0
+                before = row["step"]
+                rows.append(row | dict(seconds=seconds, images=row["step"] * args["batch_size"]))
+    if not rows:
+        raise ValueError("log.jsonl has no row of numbers")
+    measured = {}
+    if os.path.exists(os.path.join(folder, "evals.jsonl")):  # what eval_*.py printed last
+        with open(os.path.join(folder, "evals.jsonl")) as file:
+            for line in file:
+                measured |= json.loads(line)
+    return SimpleNamespace(args=args, rows=rows, measured=measured, folder=os.fspath(folder))
+
+
+def grouped(folders):
+    """Runs that differ by their seeds alone, together: {label: [run, ..]}."""
+    runs, groups = [read_run(folder) for folder in folders], {}
+    sets = {(run.args["data"], os.path.basename(run.args["data_path"] or "")) for run in runs}
+    if len(sets) > 1:
+        raise ValueError(f"these runs are of different data sets, {sorted(sets)}: one at a time")
+    for run in runs:
+        system = {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM}
+        groups.setdefault(json.dumps(system, sort_keys=True), []).append(run)
+    options, labelled = [json.loads(key) for key in groups], {}
+    for own, members in zip(options, groups.values()):
+        alike = [other for other in options if other["loss"] == own["loss"]]
+        differing = [f"{name} {x}" for name, x in own.items()
+                     if any(other.get(name) != x for other in alike)]
+        labelled[", ".join([own["loss"], *differing])] = members
+    return labelled
+
+
+def over_seeds(runs, x, y):
+    """(x, mean, standard deviation) of a column at the steps that all seeds have."""
+    columns = [{row["step"]: row for row in run.rows if row.get(y) is not None} for run in runs]
+    steps = sorted(set.intersection(*(set(column) for column in columns)))
+    values = [[column[step][y] for column in columns] for step in steps]
+    return ([statistics.mean(column[step][x] for column in columns) for step in steps],
+            [statistics.mean(v) for v in values],
+            [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values])
+
+
+def curves(folders, out=None, x="step"):
+    """curves.png from log.jsonl and args.json: of one run with its loss terms, or of several."""
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     figure, axes = new_figure("abc", (12, 3.4))
-    evaluated, trained = ([row for row in rows if name in row] for name in ("knn_top1", "loss"))
+    if len(folders) == 1:
+        curves_of_one(read_run(folders[0]), axes, x)
+    else:
+        for (label, runs), style in zip(grouped(folders).items(), itertools.cycle(STYLES)):
+            for place, y in (("a", "knn_top1"), ("b", "loss"), ("c", "effective_rank")):
+                steps, mean, spread = over_seeds(runs, x, y)
+                if not mean:
+                    continue
+                if y == "loss":
+                    mean, spread = ([v / mean[0] for v in values] for values in (mean, spread))
+                [line] = axes[place].plot(steps, mean, style, label=f"{label} (n = {len(runs)})")
+                low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread)))
+                axes[place].fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        axes["a"].set_title("k-NN accuracy, %: mean ± std of the seeds")
+        axes["b"].set(title="loss / its first value", yscale="log")
+        axes["c"].set(title="effective rank of a batch", ylim=(0, None))
+    for place in axes.values():
+        place.set_xlabel(dict(step="step", images="images seen", seconds="seconds of training")[x])
+        if place.get_legend_handles_labels()[0]:
+            place.legend(fontsize=8)
+    figure.savefig(out or os.path.join(folders[0], "curves.png"), dpi=100)
+
+
+def curves_of_one(run, axes, x):
+    kept = "teacher" if run.args["teacher"] == "ema" else "student"
+    evaluated, trained = ([row for row in run.rows if name in row] for name in ("knn_top1", "loss"))
 
     def line(place, name, chosen, style="-", **options):
-        chosen = [row for row in chosen if name in row]
+        chosen = [row for row in chosen if row.get(name) is not None]
         if chosen:
-            x, y = zip(*((row["step"], row[name]) for row in chosen))
-            axes[place].plot(x, y, style, **options)
+            axes[place].plot(*zip(*((row[x], row[name]) for row in chosen)), style, **options)
 
     line("a", "knn_top1", evaluated, "o-", label=kept)
     for name, style, label in (("raw_pixels_knn_top1", "--", "raw pixels, centred"),
@@ -56,33 +162,113 @@ def curves(folder):
     axes["a"].set_title("k-NN accuracy, %")
     losses = [name for name in trained[-1] if name in {*OBJECTIVES, *PARTS}] if trained else []
     for name, style in zip([name for name in losses if len(losses) == 1 or name not in WHOLE],
-                           itertools.cycle(["-", "--", ":", "-."])):
+                           itertools.cycle(STYLES)):
         line("b", name, trained, style, label=name)
     axes["b"].set(title="losses", yscale="log")
     line("c", "effective_rank", trained, label="of a batch")
     line("c", "test_effective_rank", evaluated, "o--", label="of the test images")
     axes["c"].set(title="effective rank (1: collapsed)", ylim=(0, None))
-    for place in axes.values():
-        place.set_xlabel("step")
-        if place.get_legend_handles_labels()[0]:
-            place.legend()
-    figure.savefig(os.path.join(folder, "curves.png"), dpi=100)
 
 
-@torch.no_grad()
-def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, shown=6, each=8):
-    """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices.
+def table(folders):
+    """Markdown of runs, a row for each configuration: mean ± standard deviation over its seeds.
 
-    Without a teacher, the student's own view of whole images stands in its place. Paths in the file
-    are not followed: where the images and a given teacher lie is said again.
+    k-NN and linear are those of evals.jsonl where it is in the folder (the last lines of
+    eval_knn.py and eval_linear.py); else the k-NN of the log's last row.
+    """
+    def cell(runs, *names, digits=1, first=False):
+        values = [next((x for x in [run.measured.get(names[0])] + [
+            row.get(name) for name in names for row in (run.rows if first else run.rows[::-1])]
+            if x is not None), None) for run in runs]
+        values = [x for x in values if x is not None]
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = ["| run | mask | steps | k-NN, % | centred, % | linear, % | effective rank | "
+             "alignment | uniformity | seconds | n |", "|---" * 11 + "|"]
+    for label, runs in grouped(folders).items():
+        args = runs[0].args
+        hides = f"{args['mask']}, {args['mask_ratio']:.0%}" if args["mask_ratio"] else "none"
+        rank = [cell(runs, "effective_rank", digits=0, first=first) for first in (True, False)]
+        lines.append("| " + " | ".join([
+            f"`{label}`", hides, cell(runs, "step", digits=0), cell(runs, "knn_top1"),
+            cell(runs, "knn_top1_centered"), cell(runs, "linear_top1"), " → ".join(rank),
+            cell(runs, "alignment", digits=2), cell(runs, "uniformity", digits=2),
+            cell(runs, "seconds", digits=0), str(len(runs))]) + " |")
+    return "\n".join(lines)
+
+
+# ---- networks and images -------------------------------------------------------------------------
+
+def open_run(folder, data_path=None, teacher_checkpoint=None):
+    """(args, system) of the checkpoint in a run's folder.
+
+    Paths in the file are not followed: where the images and a given teacher lie is said again.
     """
     state = read_file(os.path.join(folder, "checkpoint.pt"))
-    args, device = argparse.Namespace(**state["args"]), torch.device("cpu")
+    args = argparse.Namespace(**state["args"])
     if args.teacher_checkpoint and not teacher_checkpoint:
         raise ValueError("it was trained with a given teacher: add --teacher-checkpoint FILE")
     args.data_path, args.teacher_checkpoint = data_path, teacher_checkpoint
     system = System(args).eval()
     system.load(state)
+    return args, system
+
+
+def open_network(path, options):
+    """A backbone, its name, and how it was trained: of a run's folder, or of a checkpoint."""
+    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    vit, own = open_backbone(file, options.arch)
+    name = os.path.basename(os.path.normpath(path))
+    return SimpleNamespace(name=name, vit=vit.eval(), size=own["image_size"],
+                           pool=own.get("pool", "cls"), data=options.data or own.get("data"))
+
+
+def pictures(network, options, count):
+    """(images (M, 3, S, S), labels, names of classes): of each class as many, in order."""
+    if not network.data:
+        raise ValueError("it does not say its data: add --data")
+    train, test = load_data(network.data, options.data_path, network.size)
+    data = test or train
+    labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
+    each = -(-count // len(labels))
+    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
+    both = list(eval_batches(data, chosen, network.size, torch.device("cpu")))
+    return torch.cat([x for x, _ in both]), torch.cat([y for _, y in both]), data.classes
+
+
+def pixels(x):
+    """Normalised images as they are seen, 0 to 1."""
+    return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+
+
+@torch.no_grad()
+def block_features(network, images):
+    """The feature of each image after each block, through the last norm: list of (M, D)."""
+    depth, parts = len(network.vit.blocks), []
+    for x in images.split(250):
+        parts.append([pool_tokens(tokens, network.pool)
+                      for tokens in network.vit.last_blocks(x, depth)])
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def ordered_distances(place, distances, title):
+    """A distance matrix as grey levels, its 2 % to 98 %."""
+    low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
+    place.imshow(distances.numpy(), cmap="gray", vmin=low, vmax=high)
+    place.set_title(title, fontsize=10)
+
+
+@torch.no_grad()
+def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, out=None, shown=6, each=8):
+    """masks.png from checkpoint.pt: two views as the networks see them, their distance matrices.
+
+    Without a teacher, the student's own view of whole images stands in its place.
+    """
+    args, system = open_run(folder, data_path, teacher_checkpoint)
+    device = torch.device("cpu")
     student, teacher = system.student, system.teacher or system.student
     other = "teacher" if system.teacher else "whole"
     train, test = sets or load_data(args.data, args.data_path, args.image_size)
@@ -91,9 +277,6 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, shown=6, e
         maker = MASKS.get(args.mask, MASKS["random"])  # attention: drawn at random here
         return maker(count, student.backbone.grid, args.mask_ratio,
                      torch.Generator().manual_seed(fold(args.seed, 4, key)))
-
-    def pixels(x):
-        return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
 
     shown, views = min(shown, len(train)), [(args.image_size, args.crop_scale)] * 2
     _, weak, strong = next(train_batches(train, [(0, torch.arange(shown))], views, args.seed,
@@ -116,27 +299,273 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, shown=6, e
               "student": student.backbone(images, hide(len(images), 1), drop=args.hide == "drop")}
     for place, (name, tokens) in zip("bc", points.items()):
         distances = pairwise_distance(pool_tokens(tokens, args.pool))
-        low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
-        axes[place].imshow(distances.numpy(), cmap="gray", vmin=low, vmax=high)
         title = "student's distances, whole" if name == "whole" else f"{name}'s distances"
-        axes[place].set_title(f"{title},\n{len(chosen)} images by class", fontsize=10)
+        ordered_distances(axes[place], distances, f"{title},\n{len(chosen)} images by class")
     for place in axes.values():
         place.axis("off")
-    figure.savefig(os.path.join(folder, "masks.png"), dpi=100)
+    figure.savefig(out or os.path.join(folder, "masks.png"), dpi=100)
 
 
-FIGURES = dict(curves=curves, masks=masks)
+@torch.no_grad()
+def views(folder, data_path=None, out=None, shown=5, each=4):
+    """views.png: images as they are, cropped, and with the colours of the run."""
+    args = argparse.Namespace(**read_file(os.path.join(folder, "checkpoint.pt"))["args"])
+    train, _ = load_data(args.data, data_path, args.image_size)
+    index, cpu = torch.arange(min(shown, len(train))), torch.device("cpu")
+    whole = torch.cat([x for x, _ in eval_batches(train, index, args.image_size, cpu)])
+    options = dict(jitter=args.jitter, hue=args.hue, grey_probability=args.grey,
+                   blur_probability=args.blur[0], solarize_probability=args.solarize[0])
+    _, weak, strong = next(train_batches(train, [(0, index)], [(args.image_size, args.crop_scale)]
+                                         * each, args.seed, cpu, **options))
+    figure, axes = new_grid(1, 1, 6)
+    rows = [[x, *both] for x, *both in zip(whole, *(v for pair in zip(weak, strong) for v in pair))]
+    rows = [torch.cat([F.pad(pixels(x), (1, 1, 1, 1), value=1) for x in row], 2) for row in rows]
+    axes[0, 0].imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+    axes[0, 0].set_title(f"{args.data}: an image, then {each} crops, each alone and with new "
+                         "colours", fontsize=9)
+    figure.savefig(out or os.path.join(folder, "views.png"), dpi=100, bbox_inches="tight")
+
+
+def angles(x):
+    """Cosines at all vertices of points (N, D): a flat tensor of the N(N-1)(N-2) triplets."""
+    S, N = squared_distance(x), len(x)
+    inverse = torch.where(S > 0, S, torch.inf).rsqrt()
+    cos = (S[:, :, None] + S[:, None, :] - S) / 2 * inverse[:, :, None] * inverse[:, None, :]
+    j, i, k = torch.meshgrid(*[torch.arange(N)] * 3, indexing="ij")
+    return cos[(i != j) & (k != j) & (i != k)].float()
+
+
+@torch.no_grad()
+def relations(folders, options):
+    """relations.png: of each run, distances of teacher and student by class, and their angles."""
+    figure, axes = new_grid(len(folders), 4, 3)
+    for row, folder in zip(axes, folders):
+        args, system = open_run(folder, options.data_path, options.teacher_checkpoint)
+        network = SimpleNamespace(size=args.image_size, data=args.data)
+        images, _, _ = pictures(network, options, 80)
+        networks = dict(teacher=system.teacher, student=system.student)
+        points = {name: pool_tokens(x.backbone(images), args.pool) for name, x in networks.items()
+                  if x}
+        distances = {name: pairwise_distance(x) for name, x in points.items()}
+        for place, (name, x) in zip(row, distances.items()):
+            ordered_distances(place, x, f"{name}, {os.path.basename(os.path.normpath(folder))}")
+        for name, style in zip(points, STYLES):
+            counts = angles(points[name]).histc(50, -1, 1)
+            row[2].plot(torch.linspace(-1, 1, 50), counts / counts.sum(), style, label=name)
+        row[2].set(title="cosines of the angles", xticks=[-1, 0, 1])
+        row[2].legend(fontsize=8)
+        if len(distances) == 2:
+            above = torch.ones(len(images), len(images)).triu(1) > 0
+            t, s = (x[above] for x in distances.values())
+            row[3].plot(t, s, ",", color="black")
+            row[3].set(title=f"distances: r = {torch.corrcoef(torch.stack([t, s]))[0, 1]:.2f}",
+                       xlabel="teacher", ylabel="student")
+    return figure
+
+
+@torch.no_grad()
+def attention(networks, options):
+    """attention.png: of each network, what the CLS of its last block attends to, mean of heads."""
+    def seen(vit, images):
+        maps = vit.last_attention(images).mean(1, keepdim=True)  # (M, 1, N)
+        return F.interpolate(maps.unflatten(2, vit.grid_of(*images.shape[2:])), images.shape[2:])
+    return over_images(networks, options, seen)
+
+
+@torch.no_grad()
+def pca(networks, options):
+    """pca.png: first three principal components of all patch tokens shown, as red, green, blue."""
+    def colours(vit, images):
+        grid = vit.grid_of(*images.shape[2:])
+        tokens = vit(images)[:, 1:]
+        x = tokens.flatten(0, 1) - tokens.mean((0, 1))
+        x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
+        low, high = x.quantile(0.02, 0), x.quantile(0.98, 0)
+        x = ((x - low) / (high - low)).clamp(0, 1).view(len(images), *grid, 3).permute(0, 3, 1, 2)
+        return F.interpolate(x, images.shape[2:])
+    return over_images(networks, options, colours)
+
+
+def over_images(networks, options, picture):
+    """A row of images and under it one row a network: `picture(vit, images)` (M, 1 or 3, S, S)."""
+    images = [pictures(network, options, 10)[0][:10] for network in networks]
+    figure, axes = new_grid(1 + len(networks), len(images[0]), 1.2)
+    rows = [("images", pixels(images[0]))]
+    rows += [(network.name, picture(network.vit, x)) for network, x in zip(networks, images)]
+    for places, (name, row) in zip(axes, rows):
+        for place, x in zip(places, row):
+            place.imshow(x.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
+        places[0].set_ylabel(name, fontsize=7)
+    return figure
+
+
+def ridge(x, targets, parts):
+    """R² of each column of `targets` (M, T), linearly read from x (M, D): fit, choose, test."""
+    fit, choose, test = parts
+    mean, std = x[fit].mean(0), x[fit].std(0).clamp_min(1e-6)
+    x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
+    y, best = targets.double(), None
+    gram, moment = x[fit].T @ x[fit], x[fit].T @ y[fit]
+
+    def score(weights, rows):
+        error = (y[rows] - x[rows] @ weights).square().mean(0)
+        return 1 - error / (y[rows] - y[fit].mean(0)).square().mean(0)
+
+    for strength in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        penalty = strength * 1e-2 * len(fit) * torch.eye(len(gram))
+        weights = torch.linalg.solve(gram + penalty, moment)
+        chosen = score(weights, choose).mean()
+        if best is None or chosen > best[0]:
+            best = chosen, weights
+    return score(best[1], test)
+
+
+@torch.no_grad()
+def factors(networks, options):
+    """factors.png: R² of each latent factor of the textures, linearly read from each block.
+
+    Factors are those that `data.textures` drew; those that go round (hues, phases) are read as sine
+    and cosine, the class as its ten indicators. The ridge is chosen on a held-out part.
+    """
+    data, drawn = textures(4000, 2, networks[0].size)
+    x = normalize(data.images.float() / 255)
+    parts = torch.arange(4000).split([2700, 300, 1000])
+    names = [name for name in FACTORS if name != "class"]
+    columns = {"class": F.one_hot(data.labels, 10).double()}
+    for name in names:
+        value = drawn[:, FACTORS.index(name)].double()
+        columns[name] = (torch.stack([(2 * math.pi * value).sin(), (2 * math.pi * value).cos()], 1)
+                         if name.startswith(("hue", "phase")) else value.unsqueeze(1))
+    targets = torch.cat([*columns.values()], 1)
+    figure, axes = new_grid(1, len(networks), 4.2)
+    for place, network in zip(axes[0], networks):
+        features = [F.adaptive_avg_pool2d(x, 16).flatten(1), *block_features(network, x)]
+        scores = []
+        for each in features:
+            found = ridge(each, targets, parts).split([c.shape[1] for c in columns.values()])
+            scores.append([part.mean().item() for part in found])
+        scores = torch.tensor(scores).T.clamp_min(0)  # (factors, pixels and blocks)
+        place.imshow(scores.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in ((ij, scores[ij].item()) for ij in itertools.product(
+                range(scores.shape[0]), range(scores.shape[1]))):
+            place.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                       color="black" if value > 0.5 else "white")
+        place.set(yticks=range(len(columns)), yticklabels=columns, xticks=range(len(features)),
+                  xticklabels=["pixels", *range(1, len(features))], xlabel="block")
+        place.set_title(f"{network.name}: R² of the class {scores[0, -1]:.2f} (pixels "
+                        f"{scores[0, 0]:.2f}),\nof the rest {scores[1:, -1].mean():.2f} (pixels "
+                        f"{scores[1:, 0].mean():.2f})", fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def similarity(networks, options):
+    """similarity.png: linear CKA of each block of each network with all others, on test images."""
+    found = [block_features(network, pictures(network, options, 1000)[0]) for network in networks]
+    if len({len(each[0]) for each in found}) > 1:
+        raise ValueError("they were trained on sets of different size: give one --data for all")
+    flat = [x for each in found for x in each]
+    names = [f"{network.name} {block}" for network, each in zip(networks, found)
+             for block in range(1, len(each) + 1)]
+    cka = torch.tensor([[1 - cka_loss(a, b).item() for b in flat] for a in flat])
+    figure, axes = new_grid(1, 1, 2 + 0.5 * len(flat))
+    place = axes[0, 0]
+    place.imshow(cka.numpy(), cmap="gray", vmin=0, vmax=1)
+    for i, j in itertools.product(range(len(flat)), repeat=2):
+        place.text(j, i, f"{cka[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                   color="black" if cka[i, j] > 0.5 else "white")
+    place.set(yticks=range(len(flat)), yticklabels=names, xticks=range(len(flat)),
+              title="CKA of features, block by block")
+    place.set_xticklabels(names, rotation=90)
+    return figure
+
+
+@torch.no_grad()
+def spectrum(networks, options):
+    """spectrum.png: singular values, effective rank of each block, how far each head looks."""
+    figure, axes = new_figure("abc", (12, 3.6))
+    for network, style, marker in zip(networks, itertools.cycle(STYLES), itertools.cycle("o^sv")):
+        images = pictures(network, options, 1000)[0]
+        features = block_features(network, images)
+        values = torch.linalg.svdvals(features[-1] - features[-1].mean(0))
+        values = values[values > 1e-4 * values[0]]  # centred and normalised: the last one is 0
+        axes["a"].semilogy(values / values[0], style, label=network.name)
+        axes["b"].plot(range(1, len(features) + 1), [effective_rank(x) for x in features],
+                       marker + style, label=network.name)
+        for block, heads in enumerate(attention_distances(network.vit, images[:100]), 1):
+            axes["c"].plot([block] * len(heads), heads, marker, label=network.name * (block == 1),
+                           color=axes["a"].lines[-1].get_color())
+    axes["a"].set(title="singular values of the last block / the largest", xlabel="rank")
+    axes["b"].set(title="effective rank", xlabel="block", ylim=(0, None))
+    axes["c"].set(title="how far a head looks, in patches", xlabel="block")
+    axes["c"].set_ylim(0, 1.1 * axes["c"].dataLim.ymax)
+    for place in "bc":
+        axes[place].set_xticks(range(1, 1 + max(len(network.vit.blocks) for network in networks)))
+    for place in axes.values():
+        handles, labels = place.get_legend_handles_labels()
+        kept = [(h, x) for h, x in zip(handles, labels) if x]
+        place.legend(*zip(*kept), fontsize=8)
+    return figure
+
+
+def attention_distances(vit, images):
+    """Mean distance, in patches, at which each head of each block attends: list of H numbers."""
+    (gh, gw), x, found = vit.grid_of(*images.shape[2:]), vit.embed(images), []
+    place = torch.stack(torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij"), 2)
+    place = place.flatten(0, 1).float()
+    apart = torch.cdist(place, place)  # (N, N)
+    for block in vit.blocks:
+        weights = block.attn.weights(block.norm1(x))[:, :, 1:, 1:]  # patches to patches
+        weights = weights / weights.sum(-1, keepdim=True)
+        found.append((weights * apart).sum(-1).mean((0, 2)).tolist())
+        x = block(x)
+    return found
+
+
+OF_NETWORKS = dict(attention=attention, pca=pca, factors=factors, similarity=similarity,
+                   spectrum=spectrum)
+FIGURES = ["curves", "table", "masks", "views", "relations", *OF_NETWORKS]
+
+
+def draw(options):
+    """One sub-command: writes its picture, or prints its table."""
+    first, name = options.folder[0], options.figure
+    out = options.out or os.path.join(first if os.path.isdir(first) else os.path.dirname(first),
+                                      f"{name}.png")
+    if name == "curves":
+        return curves(options.folder, out, options.x)
+    if name == "table":
+        return print(table(options.folder))
+    if name == "masks":
+        return masks(first, options.data_path, options.teacher_checkpoint, out=out)
+    if name == "views":
+        return views(first, options.data_path, out)
+    if name == "relations":
+        figure = relations(options.folder, options)
+    else:
+        networks = [open_network(path, options) for path in options.folder]
+        figure = OF_NETWORKS[name](networks, options)
+    figure.savefig(out, dpi=100, bbox_inches="tight")
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("figure", choices=FIGURES, help="which picture or table")
+    add("folder", nargs="+", help="--out-dir of a run, or a checkpoint where C stands above")
+    add("--out", help="file of the picture; default: NAME.png in the first folder")
+    add("--x", default="step", choices=["step", "images", "seconds"], help="curves: against what")
+    add("--data", help="of checkpoints that do not say theirs")
+    add("--data-path", help="where the images are; a path in a checkpoint is never followed")
+    add("--teacher-checkpoint", help="where the given teacher of a run is")
+    add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
+    options = parser.parse_args()
+    try:
+        draw(options)
+    except Exception as error:  # whatever is in that folder
+        parser.error(f"{options.folder[0]}: no {options.figure} from it ({type(error).__name__}: "
+                     f"{str(error)[:300]}); give the --out-dir of a finished run of train.py")
+
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
-    parser.add_argument("figure", choices=FIGURES, help="which picture")
-    parser.add_argument("folder", help="--out-dir of a run")
-    parser.add_argument("--data-path", help="masks: where the images of a folder run are")
-    parser.add_argument("--teacher-checkpoint", help="masks: where the given teacher is")
-    args = parser.parse_args()
-    where = (args.data_path, args.teacher_checkpoint) if args.figure == "masks" else ()
-    try:
-        FIGURES[args.figure](args.folder, *where)
-    except Exception as error:  # whatever is in that folder
-        parser.error(f"{args.folder}: no {args.figure} from it ({type(error).__name__}: "
-                     f"{str(error)[:300]}); give the --out-dir of a finished run of train.py")
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Pictures and tables: the numbers behind them, by hand; and that each is drawn, or refused.
+
+    pytest tests/test_analyze.py
+"""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import analyze
+from conftest import call
+from model import VisionTransformer, pool_tokens
+
+torch.set_num_threads(1)
+
+
+def cloud(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------- the numbers ----------
+
+def test_angles_of_the_triangle_are_0_6_and_8_tenths_each_from_both_sides():
+    found = analyze.angles(torch.tensor([[0., 0], [3, 0], [0, 4]])).sort().values
+    assert_close(found, torch.tensor([0, 0, 0.6, 0.6, 0.8, 0.8]), atol=1e-6, rtol=0)
+
+
+def test_ridge_reads_what_is_linear_and_nothing_else():
+    x, parts = cloud(900, 5), torch.arange(900).split([500, 100, 300])
+    linear, noise = x @ cloud(5, 1, seed=1) + 3, cloud(900, 1, seed=2)
+    seen, unseen = analyze.ridge(x, torch.cat([linear, noise], 1), parts).tolist()
+    assert seen > 0.999 and abs(unseen) < 0.05
+
+
+def test_half_of_the_variance_has_r_squared_one_half():
+    x, parts = cloud(6000, 1), torch.arange(6000).split([3000, 500, 2500])
+    found = analyze.ridge(x, x + cloud(6000, 1, seed=1), parts)
+    assert found.item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_uniform_attention_looks_as_far_as_two_patches_are_apart_on_average():
+    vit = VisionTransformer(8, 4, embed_dim=8, depth=2, num_heads=2)
+    for block in vit.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight)
+    # four patches in a square: to itself 0, to two 1, to one the diagonal
+    expected = (0 + 1 + 1 + 2 ** 0.5) / 4
+    for heads in analyze.attention_distances(vit, cloud(3, 3, 8, 8)):
+        assert heads == pytest.approx([expected] * 2)
+
+
+def test_features_of_the_last_block_are_those_of_the_network():
+    vit = VisionTransformer(8, 4, embed_dim=8, depth=3, num_heads=2).eval()
+    network = analyze.SimpleNamespace(vit=vit, pool="mean")
+    first, _, last = analyze.block_features(network, cloud(5, 3, 8, 8))
+    assert_close(last, pool_tokens(vit(cloud(5, 3, 8, 8)), "mean"))
+    assert first.shape == (5, 8) and not torch.allclose(first, last)
+
+
+# ---------- logs ----------
+
+def write_run(place, rows, seed=0, evals=None, **options):
+    place.mkdir()
+    args = dict(loss="rkd", data="textures", data_path=None, seed=seed, out_dir=str(place),
+                batch_size=10, mask="random", mask_ratio=0.75, teacher="ema") | options
+    (place / "args.json").write_text(json.dumps(args))
+    (place / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evals:
+        (place / "evals.jsonl").write_text("\n".join(map(json.dumps, evals)) + "\n")
+    return place
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of `rkd`, one of `dino`: k-NN 40 and 44, then 50 and 56."""
+    def rows(*values):
+        return [dict(step=step, knn_top1=value, loss=2.0 / (1 + step), effective_rank=30 + step,
+                     images_per_second=5) for step, value in zip((0, 2, 4), values)]
+    return [write_run(tmp_path / "a", rows(30, 40, 50), 0, [dict(knn_top1=51.0, k=20),
+                                                            dict(linear_top1=60.0)]),
+            write_run(tmp_path / "b", rows(30, 44, 56), 1, [dict(knn_top1=57.0),
+                                                            dict(linear_top1=64.0)]),
+            write_run(tmp_path / "c", rows(30, 35, 45), loss="dino", mask_ratio=0.0)]
+
+
+def test_seeds_go_together_and_their_mean_and_spread_are_those_of_the_common_steps(runs):
+    with open(runs[1] / "log.jsonl", "a") as file:
+        file.write(json.dumps(dict(step=6, knn_top1=90.0)) + "\n")
+    groups = analyze.grouped(runs)
+    assert [len(members) for members in groups.values()] == [2, 1] and [*groups] == ["rkd", "dino"]
+    steps, mean, spread = analyze.over_seeds(groups["rkd"], "step", "knn_top1")
+    assert steps == [0, 2, 4] and mean == [30, 42, 53]
+    assert spread == pytest.approx([0, 8 ** 0.5, 18 ** 0.5])
+
+
+def test_what_differs_among_runs_of_one_loss_is_in_their_names(runs, tmp_path):
+    other = write_run(tmp_path / "d", [dict(step=1, loss=1.0)], mask_ratio=0.5)
+    assert [*analyze.grouped([*runs, other])] == ["rkd, mask_ratio 0.75", "dino",
+                                                   "rkd, mask_ratio 0.5"]
+
+
+def test_images_and_seconds_are_counted_from_the_rows(runs):
+    rows = analyze.read_run(runs[0]).rows
+    assert [row["images"] for row in rows] == [0, 20, 40]
+    assert [row["seconds"] for row in rows] == [0, 4, 8]  # two steps of ten images, five a second
+
+
+def test_a_line_that_was_cut_is_left_out(runs):
+    with open(runs[0] / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "knn_t')
+    assert [row["step"] for row in analyze.read_run(runs[0]).rows] == [0, 2, 4]
+
+
+def test_the_table_has_the_evaluations_where_they_are_and_else_the_logs_last_row(runs):
+    head, _, rkd, dino = analyze.table(runs).splitlines()
+    names, rkd, dino = ([x.strip() for x in line.strip("|").split("|")]
+                        for line in (head, rkd, dino))
+    found, other = dict(zip(names, rkd)), dict(zip(names, dino))
+    assert found["run"] == "`rkd`" and found["n"] == "2" and found["mask"] == "random, 75%"
+    assert found["k-NN, %"] == "54.0 ± 4.2" and found["linear, %"] == "62.0 ± 2.8"
+    assert found["effective rank"] == "30 ± 0 → 34 ± 0" and found["seconds"] == "8 ± 0"
+    assert other["k-NN, %"] == "45.0" and other["linear, %"] == "" and other["mask"] == "none"
+
+
+def test_runs_of_two_sets_are_not_compared(runs, tmp_path):
+    other = write_run(tmp_path / "d", [dict(step=1)], data="cifar10")
+    with pytest.raises(ValueError, match="different data sets.*cifar10.*textures"):
+        analyze.table([*runs, other])
+
+
+# ---------- the pictures ----------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert call("--max-steps", 2, "--batch-size", 16, "--device", "cpu", "--eval-every", 1000,
+                "--out-dir", out, "--workers", 0) == 0
+    return out
+
+
+def drawn(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, words)])
+    analyze.main()
+
+
+@pytest.mark.parametrize("name", [name for name in analyze.FIGURES if name != "table"])
+def test_each_picture_is_drawn_from_a_run(name, trained, tmp_path, monkeypatch):
+    out = tmp_path / "picture.png"
+    drawn(monkeypatch, name, trained, "--out", out)
+    with Image.open(out) as image:
+        assert image.width >= 200 and len(image.convert("L").getcolors()) > 20
+
+
+@pytest.mark.parametrize("name", ["curves", "relations", *analyze.OF_NETWORKS])
+def test_several_runs_share_a_picture(name, trained, tmp_path, monkeypatch):
+    drawn(monkeypatch, name, trained, trained, "--out", tmp_path / "two.png")
+    drawn(monkeypatch, name, trained, "--out", tmp_path / "one.png")
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_a_checkpoint_alone_will_do_and_its_picture_goes_beside_it(trained, monkeypatch):
+    drawn(monkeypatch, "spectrum", trained / "checkpoint.pt")
+    assert (trained / "spectrum.png").exists()
+
+
+def test_weights_that_do_not_say_their_data_ask_for_it(trained, tmp_path, monkeypatch, capsys):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    args = {name: state["args"][name] for name in ("arch", "image_size", "patch_size", "fixed_pos")}
+    torch.save(dict(student=state["teacher"], args=args), tmp_path / "weights.pt")
+    with pytest.raises(SystemExit) as end:
+        drawn(monkeypatch, "pca", tmp_path / "weights.pt")
+    assert end.value.code == 2 and "add --data" in capsys.readouterr().err
+    drawn(monkeypatch, "pca", tmp_path / "weights.pt", "--data", "textures")
+    assert Path(tmp_path / "pca.png").exists()
