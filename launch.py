@@ -233,7 +233,7 @@ class Watch:
                           f"{self.names(behind)}: all end; the same command goes on from the "
                           "newest checkpoint", file=sys.stderr, flush=True)
                 else:
-                    time.sleep(1)  # let that one speak
+                    time.sleep(5)  # let that one speak: its clock may be a little behind
                 os._exit(1)
 
     def guard(self):
