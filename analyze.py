@@ -138,9 +138,9 @@ def curves(folders, out=None, x="step"):
         axes["a"].set_title("k-NN accuracy, %: mean ± std of the seeds")
         axes["b"].set(title="loss / its first value", yscale="log")
         axes["c"].set(title="effective rank of a batch", ylim=(0, None))
-    for place in axes.values():
+    for name, place in axes.items():
         place.set_xlabel(dict(step="step", images="images seen", seconds="seconds of training")[x])
-        if place.get_legend_handles_labels()[0]:
+        if place.get_legend_handles_labels()[0] and (name == "a" or len(folders) == 1):
             place.legend(fontsize=8)
     figure.savefig(out or os.path.join(folders[0], "curves.png"), dpi=100)
 
@@ -183,7 +183,7 @@ def table(folders):
         values = [x for x in values if x is not None]
         if not values:
             return ""
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = ["| run | mask | steps | k-NN, % | centred, % | linear, % | effective rank | "
