@@ -27,14 +27,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 import model
 import objectives
 import train
-from conftest import call, parse
-from data import textures
+from conftest import call, parse, write_textures
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{text}") for text in
@@ -48,11 +46,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Options of a run of two steps on a few PNGs."""
-    root = tmp_path_factory.mktemp("images")
-    for i, pixels in enumerate(textures(24, 0)[0].images):
-        place = root / ("train" if i < 16 else "val") / f"class{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
+    root = write_textures(tmp_path_factory.mktemp("images"), 16, 8, classes=2)
     return ("--data", "folder", "--data-path", root, "--batch-size", 16, "--max-steps", 2,
             "--loss", "dino", "--prototypes", 16, "--projection", 8, "--head-hidden", 16,
             "--device", "cpu", "--workers", 0)

@@ -36,6 +36,7 @@ import data
 import eval_knn
 import eval_linear
 import train
+from conftest import write_textures
 from launch import leave_by
 from model import ARCHS, VisionTransformer
 from objectives import OBJECTIVES
@@ -55,18 +56,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = [sys.executable, ROOT / "train.py"]
 
 
-def images(root, train, val):
-    """Textures of 32 px in five classes, so many to train and to measure by."""
-    for i, pixels in enumerate(data.textures(train + val, 0)[0].images):
-        place = root / ("train" if i < train else "val") / f"class{i % 5}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return images(tmp_path_factory.mktemp("images"), 40, 20)
+    return write_textures(tmp_path_factory.mktemp("images"), 40, 20)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +337,7 @@ def test_three_processes_measure_what_one_does_even_where_only_one_sees_the_cach
         script, sizes, more, checkpoint, start, tmp_path, capsys):
     caches = [tmp_path / f"cache{rank}" for rank in range(3)]
     words = ["--checkpoint", checkpoint, "--device", "cpu", "--data-path",
-             images(tmp_path / "set", *sizes), "--workers", 0, *more, "--cache"]
+             write_textures(tmp_path / "set", *sizes), "--workers", 0, *more, "--cache"]
     one = measured(script, words + [caches[0]], capsys)  # fills the cache of rank 0
     assert len(list(caches[0].iterdir())) == 1
     three = start.ranks(*([sys.executable, script.__file__, *words, cache] for cache in caches))

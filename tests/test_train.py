@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 import checkpoint
 import objectives
 import train
-from conftest import call, parse
+from conftest import call, parse, write_textures
 from data import textures
 from losses import effective_rank, panel, pull_loss, rkd_angle_loss, rkd_distance_loss
 from masking import random_mask
@@ -46,12 +46,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Textures of 32 px: 40 to train by, 20 to measure by, in five classes."""
-    root = tmp_path_factory.mktemp("images")
-    for i, pixels in enumerate(textures(60, 0)[0].images):
-        place = root / ("train" if i < 40 else "val") / f"class{i % 5}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
-    return root
+    return write_textures(tmp_path_factory.mktemp("images"), 40, 20)
 
 
 @pytest.fixture(scope="module")
