@@ -141,9 +141,7 @@ def plain_dino(system, views, mask=None):
 
 
 def plain_ema(teacher, student, momentum):
-    for t, s in zip(teacher.backbone.parameters(), student.backbone.parameters()):
-        t.data.mul_(momentum).add_((1 - momentum) * s.detach())
-    for t, s in zip(teacher.heads.parameters(), student.heads.parameters()):
+    for t, s in zip(teacher.parameters(), student.parameters()):  # predictors come last
         t.data.mul_(momentum).add_((1 - momentum) * s.detach())
 
 
@@ -386,8 +384,11 @@ def rows(args):
     device, quick = args.device, args.quick
     table = {}
 
+    def wanted(name):
+        return not args.only or any(name.startswith(word) for word in args.only)
+
     def add(name, make, what, target="", items=0, full=False):
-        if not (full and quick):
+        if wanted(name) and not (full and quick):
             table[name] = (make, items, what, target)
 
     for N in (64, 256, 512):
@@ -409,12 +410,13 @@ def rows(args):
     add("fresh views", lambda: fresh_views(device, batch),
         f"a step of ViT-mini/4, 32 px, batch {batch}, with new views against the same again",
         "0.97 x on a GPU", items=batch)
-    if device == "cpu":
+    if device == "cpu" and any(map(wanted, ("views", "views, colours on a GPU"))):
         images = photographs(4 if quick else 8, args.images)
         what = ("500 x 375 JPEGs to 2 x 224 + 8 x 96 px, one core; colours "
                 f"{grey_levels(images):.2f} grey levels from PIL's")
         add("views", lambda: views(images), what, "2.5 x", items=len(images))
         add("views, colours on a GPU", lambda: views(images, True), what, items=len(images))
+    if device == "cpu":
         add("block masks", lambda: block_masks(1024), "14 x 14, 40 %, 1024 at once", "20000 / s",
             items=1024)
         add("random masks", lambda: random_masks(1024), "14 x 14, 75 %, 1024 at once", items=1024)
@@ -425,9 +427,7 @@ def rows(args):
         "four k, 1,281,167 x 384 references", items=64, full=True)
     add("probe", lambda: probe(5000 if quick else 20000, 2, device=device),
         "linear probe, ten learning rates", "6 x")
-    chosen = [name for name in table if not args.only or any(
-        name.startswith(word) for word in args.only)]
-    return {name: table[name] for name in chosen}
+    return table
 
 
 def timed(run, device):
@@ -635,30 +635,29 @@ def scale(args):
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplot_mosaic("ab;cd")
-    looks = dict(ours=["o-"], dense=["s--"])
 
-    def curve(place, x, y, label, look, **where):
+    def curve(place, x, y, label, style, tint, **where):
         rows = [row for row in found if all(row.get(k) == v for k, v in where.items())
                 and x in row and row.get(y)]
-        axes[place].loglog([row[x] for row in rows], [row[y] for row in rows], look[0],
-                           color=look[1], label=label)
+        axes[place].loglog([row[x] for row in rows], [row[y] for row in rows], style, color=tint,
+                           label=label)
 
     def value(y, **where):
         return next((row[y] for row in found
                      if all(row.get(k) == v for k, v in where.items())), None)
 
     for name, tint in (("angle", "tab:blue"), ("distance", "tab:orange")):
-        for who, look in looks.items():
+        for who, style in (("ours", "o-"), ("dense", "s--")):
             for place, y in (("a", "seconds"), ("b", "bytes")):
-                curve(place, "N", y, f"{name}, {who}", (look[0], tint), relation=name, who=who)
+                curve(place, "N", y, f"{name}, {who}", style, tint, relation=name, who=who)
     for place, y, what in (("a", "seconds", "takes"), ("b", "bytes", "needs")):
         both = [value(y, relation="angle", N=256, who=who) for who in ("dense", "ours")]
         times = f" 1/{both[0] / both[1]:.0f}" if all(both) else " a part"
         axes[place].set(title=f"The angle of 256 points {what}{times} of the dense way",
                         xlabel="points N (D = 256)", ylabel=f"{y}, forward and backward")
-    for who, line in (("all patches", "s--"), ("a quarter", "o-")):
+    for who, style in (("all patches", "s--"), ("a quarter", "o-")):
         for x, tint in (("side", "tab:blue"), ("depth", "tab:orange")):
-            curve("c", "times", "seconds", f"{who}, by {x}", (line, tint), who=who, grows=x)
+            curve("c", "times", "seconds", f"{who}, by {x}", style, tint, who=who, grows=x)
     all_of_it, part = (value("seconds", grows="side", times=1, who=who)
                        for who in ("all patches", "a quarter"))
     axes["c"].set(title=f"A quarter of the patches: a ViT-Ti {all_of_it / part:.1f} x as fast",
