@@ -115,7 +115,7 @@ class Seen:
         self.args, self.student, self.teacher = system.args, system.student, system.teacher
         self.state, self.tokenizer = system.state, system.tokenizer
         self.strong, self.mask, self.progress, G = strong, mask, progress, system.args.global_crops
-        self.cls_only = self.args.pool == "cls" and not reads_patches(self.args)
+        self.cls_only = system.cls_only
         self.globals = torch.cat(strong[:G])  # (G·B, 3, S, S)
         self.whole = torch.cat(weak[:G]) if self.args.weak_teacher else self.globals
 
@@ -583,12 +583,6 @@ def check(args):
         raise ValueError(f"{what} has a frozen teacher, not --teacher ema: take --teacher frozen")
 
 
-def reads_patches(args):
-    """Does any term read more of the student's tokens than the feature of the image?"""
-    return any(OBJECTIVES[name].hide or name == "rkd" and args.patch_weight
-               for name in parse_loss(args.loss))
-
-
 def least_images(args):
     """How many images a batch needs for its terms to have something to compare."""
     least = {name: OBJECTIVES[name].least for name in parse_loss(args.loss)}
@@ -661,6 +655,8 @@ class System(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args, self.terms, self.teacher = args, parse_loss(args.loss), None
+        self.cls_only = args.pool == "cls" and not any(  # no term reads more than the feature
+            OBJECTIVES[name].hide or name == "rkd" and args.patch_weight for name in self.terms)
         given = None
         if args.teacher_checkpoint:
             try:
