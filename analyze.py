@@ -29,8 +29,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from checkpoint import FREE
 from data import (FACTORS, MEAN, STD, eval_batches, fold, load_data, normalize, textures,
-                  train_batches)
+                  train_batches, unit)
 from launch import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
@@ -40,8 +41,7 @@ from objectives import OBJECTIVES, System
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
-NOT_THE_SYSTEM = ("seed out_dir device workers data_path resume recipe save_every log_every "
-                  "eval_every timeout compile").split()
+NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
 
 
 def new_figure(mosaic, size):
@@ -176,11 +176,12 @@ def table(folders):
     k-NN and linear are those of evals.jsonl where it is in the folder (the last lines of
     eval_knn.py and eval_linear.py); else the k-NN of the log's last row.
     """
-    def cell(runs, *names, digits=1, first=False):
-        values = [next((x for x in [run.measured.get(names[0])] + [
-            row.get(name) for name in names for row in (run.rows if first else run.rows[::-1])]
-            if x is not None), None) for run in runs]
-        values = [x for x in values if x is not None]
+    def value(run, name, first):
+        rows = run.rows if first else [run.measured, *run.rows[::-1]]
+        return next((row[name] for row in rows if row.get(name) is not None), None)
+
+    def cell(runs, name, digits=1, first=False):
+        values = [x for x in (value(run, name, first) for run in runs) if x is not None]
         if not values:
             return ""
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
@@ -226,15 +227,19 @@ def open_network(path, options):
                            pool=own.get("pool", "cls"), data=options.data or own.get("data"))
 
 
+def of_each_class(data, each):
+    """Indices of so many images, the first ones, of each of (at most ten) classes, in order."""
+    labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
+    return torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
+
+
 def pictures(network, options, count):
     """(images (M, 3, S, S), labels, names of classes): of each class as many, in order."""
     if not network.data:
         raise ValueError("it does not say its data: add --data")
     train, test = load_data(network.data, options.data_path, network.size)
     data = test or train
-    labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
-    each = -(-count // len(labels))
-    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
+    chosen = of_each_class(data, -(-count // min(10, len(data.labels.unique()))))
     both = list(eval_batches(data, chosen, network.size, torch.device("cpu")))
     return torch.cat([x for x, _ in both]), torch.cat([y for _, y in both]), data.classes
 
@@ -292,8 +297,7 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, out=None, 
                         else "a whole view (above); what the student sees of another", fontsize=10)
 
     data = test or train
-    labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
-    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
+    chosen = of_each_class(data, each)
     images = torch.cat([x for x, _ in eval_batches(data, chosen, args.image_size, device)])
     points = {other: teacher.backbone(images),
               "student": student.backbone(images, hide(len(images), 1), drop=args.hide == "drop")}
@@ -428,7 +432,7 @@ def factors(networks, options):
     and cosine, the class as its ten indicators. The ridge is chosen on a held-out part.
     """
     data, drawn = textures(4000, 2, networks[0].size)
-    x = normalize(data.images.float() / 255)
+    x = normalize(unit(data.images))
     parts = torch.arange(4000).split([2700, 300, 1000])
     names = [name for name in FACTORS if name != "class"]
     columns = {"class": F.one_hot(data.labels, 10).double()}

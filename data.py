@@ -391,6 +391,11 @@ def load_data(name, path=None, image_size=32):
 CROP_DRAWS, COLOUR_DRAWS = 23, 9
 
 
+def unit(x):
+    """uint8 -> float32 in [0, 1], which is left as it is."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
 def crop_boxes(draw, height, width, scale):
     """Random resized crops by torchvision's rule: draws (B, 23) -> top, left, h, w, (B,) int64.
 
@@ -430,7 +435,7 @@ def crop(images, draw, size, scale):
     top, left, h, w = crop_boxes(draw, height, width, scale)
     rows = resize_matrix(top, h, height, size).unsqueeze(1)
     columns = resize_matrix(left, w, width, size, flip=draw[:, 22] < 0.5).unsqueeze(1)
-    return rows @ (images.float() / 255) @ columns.mT
+    return rows @ unit(images) @ columns.mT
 
 
 def crop_pil(image, box, flip, size):
@@ -456,7 +461,7 @@ def shift_hue(x, turns):
     3 + (b - g) / c where red is, 5 + (r - b) / c where green is. Back again (v clamped to 1 .. 2):
     r = min - c + c·v(|h - 3|),  g = min + 2c - c·v(|h - 2|),  b = min + 2c - c·v(|h - 4|).
     """
-    def step(a, b):  # 1 where a > b, else 0: comparing and choosing by bools takes five times longer
+    def step(a, b):  # 1 where a > b, else 0: comparing, choosing by bools takes five times longer
         return (a - b).mul_(1e20).clamp_(0, 1)
 
     red, green, blue = x.unbind(1)
@@ -573,11 +578,6 @@ def loader(folder, batches, workers, device):
                                        collate_fn=collate, pin_memory=device.type == "cuda")
 
 
-def unit(x):
-    """uint8 -> float32 in [0, 1], which is left as it is."""
-    return x.float().div_(255) if x.dtype == torch.uint8 else x
-
-
 def coloured(crops, draw, options):
     """Crops, uint8 or in [0, 1], with new colours (none where there are no options), normalised.
 
@@ -626,7 +626,7 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
     pieces = [piece for piece in torch.as_tensor(indices).split(batch_size) if len(piece)]
     if isinstance(data, Images):
         for index in pieces:
-            images, sides = data.images[index].to(device).float() / 255, data.images.shape[2:]
+            images, sides = unit(data.images[index].to(device)), data.images.shape[2:]
             if tuple(sides) != (size, size):
                 sides = [round(side * size / min(sides)) for side in sides]
                 images = F.interpolate(images, sides, mode="bilinear", antialias=True)
@@ -639,4 +639,4 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
         data.report(bad)
         good = ~torch.isin(index, torch.tensor(bad))
         if good.any():
-            yield normalize(images[good].to(device).float() / 255), data.labels[index[good]]
+            yield normalize(unit(images[good].to(device))), data.labels[index[good]]

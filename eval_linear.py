@@ -19,7 +19,6 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import fold, train_batches

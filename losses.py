@@ -136,7 +136,7 @@ class AngleHuber(torch.autograd.Function):
     def forward(ctx, student, teacher, first, last):
         (B, N, _), dtype = student.shape, student.dtype
         exact = student.device.type != "cpu" or torch.compiler.is_compiling() or any(
-            ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d below 1/100 of the largest
+            ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
         if not exact:
             student, teacher = student.float(), teacher.float()
         inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
@@ -360,8 +360,8 @@ def feature_loss(prediction, target, mask, beta=1.0):
 def check_points(student, teacher, least, sets=True):
     """Refuse what has no relation: sets of different size, or of fewer than `least` points."""
     if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"student {student.dtype}, teacher {teacher.dtype}: points are of floating "
-                         "point; convert them with .float()")
+        raise ValueError(f"student {student.dtype}, teacher {teacher.dtype}: points are of "
+                         "floating point; convert them with .float()")
     if student.device != teacher.device:
         raise ValueError(f"the student's points are on {student.device}, the teacher's on "
                          f"{teacher.device}: move them to one device")

@@ -18,7 +18,7 @@ MAY_IMPORT = {"losses": set(), "masking": set(), "model": set(), "data": set(),
               "eval_knn": {"model", "data", "launch"},
               "eval_linear": {"data", "eval_knn", "launch"},
               "objectives": LEAVES,
-              "analyze": LEAVES | {"objectives", "eval_knn", "launch"},
+              "analyze": LEAVES | {"objectives", "eval_knn", "launch", "checkpoint"},
               "bench": LEAVES | {"launch", "objectives", "eval_knn", "eval_linear", "train"},
               "train": LEAVES | {"checkpoint", "launch", "objectives", "eval_knn", "analyze"}}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
