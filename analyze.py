@@ -2,6 +2,7 @@
 
     python analyze.py curves RUN ..       k-NN, losses, rank; of several runs mean and spread
     python analyze.py table RUN ..        Markdown, the seeds of one configuration in one row
+    python analyze.py pairs RUN ..        each system alone and with relations, by three measures
     python analyze.py masks RUN           what both networks see, how they relate test images
     python analyze.py views RUN           what the augmentation makes of an image
     python analyze.py relations RUN ..    distances and angles of teacher and student
@@ -36,12 +37,13 @@ from launch import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
 from model import ARCHS, open_backbone, pool_tokens, read_file
-from objectives import OBJECTIVES, System
+from objectives import OBJECTIVES, System, parse_loss
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
 NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
+MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
 def new_figure(mosaic, size):
@@ -86,8 +88,14 @@ def read_run(folder):
     if os.path.exists(os.path.join(folder, "evals.jsonl")):  # what eval_*.py printed last
         with open(os.path.join(folder, "evals.jsonl")) as file:
             for line in file:
-                measured |= json.loads(line)
+                measured |= shaped(json.loads(line))
     return SimpleNamespace(args=args, rows=rows, measured=measured, folder=os.fspath(folder))
+
+
+def shaped(result):
+    """What an evaluation printed, its k-NN named by what was done to the features."""
+    kind = "_whitened" if result.get("whiten") else "_centered" if result.get("center") else ""
+    return {f"{name}{kind}" if name == "knn_top1" else name: x for name, x in result.items()}
 
 
 def grouped(folders):
@@ -116,6 +124,14 @@ def over_seeds(runs, x, y):
     return ([statistics.mean(column[step][x] for column in columns) for step in steps],
             [statistics.mean(v) for v in values],
             [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values])
+
+
+def plus_minus(values, digits=1, sign=""):
+    """mean ± standard deviation, as text; nothing of no values."""
+    if not values:
+        return ""
+    around = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{around}"
 
 
 def curves(folders, out=None, x="step"):
@@ -181,24 +197,87 @@ def table(folders):
         return next((row[name] for row in rows if row.get(name) is not None), None)
 
     def cell(runs, name, digits=1, first=False):
-        values = [x for x in (value(run, name, first) for run in runs) if x is not None]
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
+        values = (value(run, name, first) for run in runs)
+        return plus_minus([x for x in values if x is not None], digits)
 
-    lines = ["| run | mask | steps | k-NN, % | centred, % | linear, % | effective rank | "
-             "alignment | uniformity | seconds | n |", "|---" * 11 + "|"]
+    lines = ["| run | mask | steps | k-NN, % | centred, % | whitened, % | linear, % | "
+             "effective rank | alignment | uniformity | seconds | n |", "|---" * 12 + "|"]
     for label, runs in grouped(folders).items():
         args = runs[0].args
         hides = f"{args['mask']}, {args['mask_ratio']:.0%}" if args["mask_ratio"] else "none"
         rank = [cell(runs, "effective_rank", digits=0, first=first) for first in (True, False)]
         lines.append("| " + " | ".join([
             f"`{label}`", hides, cell(runs, "step", digits=0), cell(runs, "knn_top1"),
-            cell(runs, "knn_top1_centered"), cell(runs, "linear_top1"), " → ".join(rank),
+            cell(runs, "knn_top1_centered"), cell(runs, "knn_top1_whitened"),
+            cell(runs, "linear_top1"), " → ".join(rank),
             cell(runs, "alignment", digits=2), cell(runs, "uniformity", digits=2),
             cell(runs, "seconds", digits=0), str(len(runs))]) + " |")
     return "\n".join(lines)
+
+
+def paired(folders):
+    """The groups, and of each sum with rkd whose rest was run too, all other options alike:
+    (label, label of the rest, {measure: differences of the seeds that both have})."""
+    def key(runs, terms):
+        return json.dumps([terms, {name: x for name, x in runs[0].args.items()
+                                   if name not in {*NOT_THE_SYSTEM, "loss"}}], sort_keys=True)
+
+    groups, found = grouped(folders), []
+    terms = {label: parse_loss(runs[0].args["loss"]) for label, runs in groups.items()}
+    labels = {key(runs, terms[label]): label for label, runs in groups.items()}
+    for label, runs in groups.items():
+        rest = {name: weight for name, weight in terms[label].items() if name != "rkd"}
+        base = labels.get(key(runs, rest))
+        if rest == terms[label] or not base:
+            continue
+        alone = {run.args["seed"]: run.measured for run in groups[base]}
+        both = [(run.measured, alone[run.args["seed"]]) for run in runs
+                if run.args["seed"] in alone]
+        found.append((label, base, {name: [a[name] - b[name] for a, b in both
+                                           if name in a and name in b] for name in MEASURES}))
+    return groups, found
+
+
+def pairs(folders, out):
+    """pairs.png: each system alone and with relations -> Markdown of the differences by seed.
+
+    From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe.
+    """
+    groups, found = paired(folders)
+    if not found:
+        raise ValueError("no two of these runs are X and X+W*rkd with all other options alike")
+    summed = {label: base for label, base, _ in found}
+    rows = [label for label in groups if label not in summed]
+    figure, axes = new_figure("abc", (12, 1.2 + 0.34 * len(rows)))
+    for place, (name, title) in zip(axes.values(), MEASURES.items()):
+        def dot(label, y, face):
+            values = [run.measured[name] for run in groups[label] if name in run.measured]
+            if values:
+                error = statistics.stdev(values) if len(values) > 1 else 0
+                place.errorbar(statistics.mean(values), y, xerr=error, fmt="o", color="black",
+                               markerfacecolor=face, capsize=2)
+            return statistics.mean(values or [math.nan])
+
+        for y, label in enumerate(rows):
+            start = dot(label, y, "white")
+            for other in (other for other, base in summed.items() if base == label):
+                end = dot(other, y + 0.3, "black")
+                place.plot([start, end], [y, y + 0.3], color="0.6", zorder=0)
+        gains = [statistics.mean(each[name]) for _, _, each in found if each[name]]
+        said = f": adding rkd {statistics.mean(gains):+.1f} points" if gains else ""
+        place.set_title(title + said, fontsize=10)
+        place.set(yticks=range(len(rows)), ylim=(len(rows) - 0.3, -0.5))
+        place.set_yticklabels(rows if place is axes["a"] else [], fontsize=9)
+        place.grid(axis="x", color="0.9")
+    limits = [place.get_xlim() for place in axes.values() if place.lines]
+    for place in axes.values():
+        place.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    axes["b"].set_xlabel("%, mean ± std of the seeds; hollow: alone, filled: + rkd")
+    figure.savefig(out, dpi=100)
+    return "\n".join(
+        ["| pair | " + " | ".join(MEASURES.values()) + " | n |", "|---" * 5 + "|"]
+        + [" | ".join([f"| `{label}` less `{base}`", *(plus_minus(x, sign="+") for x in each.values()),
+                       f"{max(map(len, each.values()))} |"]) for label, base, each in found])
 
 
 # ---- networks and images -------------------------------------------------------------------------
@@ -528,7 +607,7 @@ def attention_distances(vit, images):
 
 OF_NETWORKS = dict(attention=attention, pca=pca, factors=factors, similarity=similarity,
                    spectrum=spectrum)
-FIGURES = ["curves", "table", "masks", "views", "relations", *OF_NETWORKS]
+FIGURES = ["curves", "table", "pairs", "masks", "views", "relations", *OF_NETWORKS]
 
 
 def draw(options):
@@ -540,6 +619,8 @@ def draw(options):
         return curves(options.folder, out, options.x)
     if name == "table":
         return print(table(options.folder))
+    if name == "pairs":
+        return print(pairs(options.folder, out))
     if name == "masks":
         return masks(first, options.data_path, options.teacher_checkpoint, out=out)
     if name == "views":

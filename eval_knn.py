@@ -4,8 +4,10 @@
 
 No training, no learning rate: the first thing to look at (Wu et al. 2018, arXiv 1805.01978, section
 3.4; k = 20 and temperature 0.07 are DINO's, arXiv 2104.14294). Relations do not see a common offset
-of the features; `--center` takes it away (the mean of the references). Among several k the best is
-chosen on a held-out tenth of the references.
+of the features; `--center` takes it away (the mean of the references). Cosines are ruled by the few
+directions in which features vary most; `--whiten` makes them more alike, and so tells what features
+know from the shape in which they hold it. Among several k the best is chosen on a held-out tenth of
+the references.
 
     python eval_knn.py --checkpoint runs/rkd-textures/checkpoint.pt
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
@@ -91,6 +93,20 @@ def knn_predict(train_features, train_labels, test_features, num_classes, k=20, 
 def percent(right):
     """Share of True in percent, to four digits."""
     return round(100 * right.double().mean().item(), 4)
+
+
+def whitening(features, power=1.0, floor=1e-4):
+    """Mean (D,) and matrix (D, D): (x - mean) @ matrix varies as std^(1 - power) in each direction.
+
+    The principal directions of features (M, D) over their standard deviations to the `power`: 0
+    only turns, 1 makes all directions alike. `floor` of the largest variance is added to each, so
+    that what is mere rounding is not blown up.
+    """
+    mean = features.mean(0)
+    x = (features - mean).double()
+    variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+    variance = (variance + floor * variance[-1]).clamp_min(1e-12)
+    return mean, (directions * variance ** (-power / 2)).to(features)
 
 
 def knn_top1(train, test, k=20, center=False):
@@ -216,12 +232,17 @@ def main():
     add = parser.add_argument
     add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
+    add("--whiten", type=number(0, 1), default=0.0,
+        help="centre, and divide each principal direction by its std to this power; 1: all alike")
     args, run, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if ks != sorted(set(args.k)):
         print(f"k is at most {len(fit)}, the references left beside the held-out tenth: took {ks}")
-    if args.center:
+    if args.whiten:
+        mean, matrix = whitening(train[0], args.whiten)
+        train, test = (((features - mean) @ matrix, labels) for features, labels in (train, test))
+    elif args.center:
         offset = train[0].mean(0)
         train, test = ((features - offset, labels) for features, labels in (train, test))
     classes = int(max(train[1].max(), test[1].max())) + 1
@@ -244,7 +265,8 @@ def main():
     best = max(ks, key=chosen_by.get)
     report([("k", "held out", "test")] + [(str(k), chosen_by[k], top1[k]) for k in ks],
            {"knn_top1": top1[best], "k": best, **{f"knn_top1_k{k}": top1[k] for k in ks},
-            "references": len(train[1]), "tests": len(test[1]), "center": args.center})
+            "references": len(train[1]), "tests": len(test[1]), "center": args.center,
+            "whiten": args.whiten})
 
 
 if __name__ == "__main__":

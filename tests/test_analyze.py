@@ -125,6 +125,51 @@ def test_the_table_has_the_evaluations_where_they_are_and_else_the_logs_last_row
     assert other["k-NN, %"] == "45.0" and other["linear, %"] == "" and other["mask"] == "none"
 
 
+def test_each_knn_of_the_table_stands_under_what_was_done_to_the_features(runs, tmp_path):
+    lines = [dict(knn_top1=1.0, center=False, whiten=0.0), dict(knn_top1=2.0, center=True),
+             dict(knn_top1=3.0, center=False, whiten=0.75)]
+    run = write_run(tmp_path / "d", [dict(step=1, knn_top1=9.0, loss=1.0)], evals=lines[::-1])
+    head, _, row = analyze.table([run]).splitlines()
+    found = dict(zip(*([x.strip() for x in line.split("|")] for line in (head, row))))
+    assert [found[f"{name}, %"] for name in ("k-NN", "centred", "whitened")] == ["1.0", "2.0",
+                                                                                  "3.0"]
+
+
+@pytest.fixture
+def pairs_of_runs(tmp_path):
+    """`dino` with seeds 0, 1, 2, `dino+5*rkd` with 0, 1, `rkd`, and `moco+rkd` without moco."""
+    def run(loss, seed, knn, white, linear, **options):
+        evals = [dict(knn_top1=knn), dict(knn_top1=white, whiten=0.75), dict(linear_top1=linear)]
+        return write_run(tmp_path / f"{loss}-{seed}", [dict(step=1, loss=1.0)], seed, evals,
+                         loss=loss, **options)
+    return [run("dino", 0, 40.0, 48.0, 45.0), run("dino", 1, 42.0, 47.0, 44.0),
+            run("dino", 2, 90.0, 90.0, 90.0), run("dino+5*rkd", 0, 45.0, 48.5, 44.0),
+            run("dino+5*rkd", 1, 46.0, 46.5, 44.0), run("rkd", 0, 50.0, 51.0, 48.0),
+            run("moco+rkd", 0, 50.0, 51.0, 48.0)]
+
+
+def test_a_pair_is_compared_seed_by_seed_and_a_seed_of_one_alone_is_left_out(pairs_of_runs):
+    _, found = analyze.paired(pairs_of_runs)
+    assert found == [("dino+5*rkd", "dino", {"knn_top1": [5.0, 4.0], "linear_top1": [-1.0, 0.0],
+                                             "knn_top1_whitened": [0.5, -0.5]})]
+
+
+def test_systems_with_other_options_are_no_pair(pairs_of_runs, tmp_path):
+    args = tmp_path / "dino+5*rkd-0" / "args.json"
+    args.write_text(json.dumps(json.loads(args.read_text()) | dict(lr=0.5)))
+    _, [(_, _, differences)] = analyze.paired(pairs_of_runs)
+    assert differences["knn_top1"] == [4.0]
+
+
+def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, tmp_path):
+    text = analyze.pairs(pairs_of_runs, tmp_path / "p.png")
+    row = [x.strip() for x in text.splitlines()[-1].strip("|").split("|")]
+    assert row == ["`dino+5*rkd` less `dino`", "+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"X and X\+W\*rkd"):
+        analyze.pairs(pairs_of_runs[:3], tmp_path / "q.png")
+
+
 def test_runs_of_two_sets_are_not_compared(runs, tmp_path):
     other = write_run(tmp_path / "d", [dict(step=1)], data="cifar10")
     with pytest.raises(ValueError, match="different data sets.*cifar10.*textures"):
@@ -146,7 +191,7 @@ def drawn(monkeypatch, *words):
     analyze.main()
 
 
-@pytest.mark.parametrize("name", [name for name in analyze.FIGURES if name != "table"])
+@pytest.mark.parametrize("name", sorted({*analyze.FIGURES} - {"table", "pairs"}))
 def test_each_picture_is_drawn_from_a_run(name, trained, tmp_path, monkeypatch):
     out = tmp_path / "picture.png"
     drawn(monkeypatch, name, trained, "--out", out)

@@ -16,7 +16,7 @@ import eval_knn
 import eval_linear
 import train
 from data import Folder, Images, eval_batches, load_data, normalize, textures
-from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1
+from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1, whitening
 from eval_linear import Heads
 from model import ARCHS, open_backbone
 
@@ -137,6 +137,31 @@ def test_centred_accuracy_ignores_a_common_offset():
     assert knn_top1(*far, center=True) == knn_top1(*near, center=True)
 
 
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_whitened_features_vary_in_each_direction_as_their_std_to_what_is_left(power):
+    x = cloud(500, 6) @ cloud(6, 6, seed=1) + 7
+    mean, matrix = whitening(x, power, floor=0)
+    before, after = (torch.linalg.svdvals((y - y.mean(0)) / 500 ** 0.5)
+                     for y in (x, (x - mean) @ matrix))
+    assert_close(after, before ** (1 - power), rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_finds_a_class_that_wide_and_empty_directions_hide():
+    labels = torch.arange(400) % 2
+    x = torch.cat([100 * cloud(400, 4), labels.view(-1, 1) + 0.01 * cloud(400, 1, seed=1)], 1)
+    mean, matrix = whitening(x[:300])
+    plain, white = (knn_top1((y[:300], labels[:300]), (y[300:], labels[300:]))
+                    for y in (x, (x - mean) @ matrix))
+    assert plain < 75 and white > 85
+
+
+def test_a_direction_of_mere_rounding_is_not_blown_up():
+    x = torch.cat([cloud(100, 3), 1e-5 * cloud(100, 1, seed=1)], 1)
+    mean, matrix = whitening(x)
+    assert torch.linalg.svdvals((x - mean) @ matrix)[-1] < 0.02  # the others: about 10
+    assert whitening(torch.ones(5, 3))[1].isfinite().all()
+
+
 def test_a_tenth_is_held_out_and_nothing_is_lost():
     fit, choose = held_out(50)
     assert len(choose) == 5 and sorted([*fit.tolist(), *choose.tolist()]) == list(range(50))
@@ -237,6 +262,15 @@ def test_center_on_the_command_line_is_the_centred_accuracy(folder, checkpoint, 
     evaluate(eval_knn, checkpoint, "--k", 5, "--center")
     expected = knn_top1(*features_of(checkpoint, folder), k=5, center=True)
     assert last_line(capsys)["knn_top1"] == pytest.approx(expected, abs=0.01)
+
+
+def test_whiten_on_the_command_line_is_the_whitened_accuracy(folder, checkpoint, capsys):
+    evaluate(eval_knn, checkpoint, "--k", 5, "--whiten", 0.75)
+    train, test = features_of(checkpoint, folder)
+    mean, matrix = whitening(train[0], 0.75)
+    expected = knn_top1(*(((x - mean) @ matrix, y) for x, y in (train, test)), k=5)
+    result = last_line(capsys)
+    assert result["knn_top1"] == pytest.approx(expected, abs=0.01) and result["whiten"] == 0.75
 
 
 def test_the_best_k_is_chosen_on_held_out_references_and_not_on_the_test(
