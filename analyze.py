@@ -276,7 +276,8 @@ def pairs(folders, out):
     figure.savefig(out, dpi=100)
     return "\n".join(
         ["| pair | " + " | ".join(MEASURES.values()) + " | n |", "|---" * 5 + "|"]
-        + [" | ".join([f"| `{label}` less `{base}`", *(plus_minus(x, sign="+") for x in each.values()),
+        + [" | ".join([f"| `{label}` less `{base}`",
+                       *(plus_minus(x, sign="+") for x in each.values()),
                        f"{max(map(len, each.values()))} |"]) for label, base, each in found])
 
 
