@@ -504,25 +504,39 @@ def ridge(x, targets, parts):
     return score(best[1], test)
 
 
+def readable(drawn):
+    """Factors (M, 9) as `data.textures` drew them -> {name: (M, T) float64}, what a line can read.
+
+    Those that go round (hues, phases) as sine and cosine, the illumination as the vector of its
+    slope, the class as its ten indicators.
+    """
+    value = dict(zip(FACTORS, drawn.double().T))
+    strength, direction = value.pop("illumination"), value.pop("direction")
+
+    def circle(turns):
+        return torch.stack([(2 * math.pi * turns).sin(), (2 * math.pi * turns).cos()], 1)
+
+    columns = {name: F.one_hot(x.long(), 10).double() if name == "class" else
+               circle(x) if name.startswith(("hue", "phase")) else x.unsqueeze(1)
+               for name, x in value.items()}
+    return columns | {"illumination": strength.unsqueeze(1) * circle(direction)}
+
+
 @torch.no_grad()
 def factors(networks, options):
     """factors.png: R² of each latent factor of the textures, linearly read from each block.
 
-    Factors are those that `data.textures` drew; those that go round (hues, phases) are read as sine
-    and cosine, the class as its ten indicators. The ridge is chosen on a held-out part.
+    Factors as in `readable`; the ridge is chosen on a held-out part.
     """
     data, drawn = textures(4000, 2, networks[0].size)
     x = normalize(unit(data.images))
     parts = torch.arange(4000).split([2700, 300, 1000])
-    names = [name for name in FACTORS if name != "class"]
-    columns = {"class": F.one_hot(data.labels, 10).double()}
-    for name in names:
-        value = drawn[:, FACTORS.index(name)].double()
-        columns[name] = (torch.stack([(2 * math.pi * value).sin(), (2 * math.pi * value).cos()], 1)
-                         if name.startswith(("hue", "phase")) else value.unsqueeze(1))
+    columns = readable(drawn)
     targets = torch.cat([*columns.values()], 1)
-    figure, axes = new_grid(1, len(networks), 4.2)
-    for place, network in zip(axes[0], networks):
+    figure, axes = new_grid(-(-len(networks) // 2), min(2, len(networks)), 4.2)
+    for place in axes.flat[len(networks):]:
+        place.axis("off")
+    for place, network in zip(axes.flat, networks):
         features = [F.adaptive_avg_pool2d(x, 16).flatten(1), *block_features(network, x)]
         scores = []
         for each in features:

@@ -81,11 +81,11 @@ class Images:
 
 
 TEXTURES = "stripes checker dots rings grid plusses bricks waves zigzag dashes".split()
-FACTORS = "class hue_a hue_b frequency phase_x phase_y rotation illumination".split()
+FACTORS = "class hue_a hue_b frequency phase_x phase_y rotation illumination direction".split()
 
 
 def textures(count, seed, size=32):
-    """The built-in set: ten textures that colour cannot tell apart -> (Images, factors (count, 8)).
+    """The built-in set: ten textures that colour cannot tell apart -> (Images, factors (count, 9)).
 
     Each image has two HSV colours, 3.5-4.5 periods, a phase, a small rotation, a gradient of light
     and noise of four scales; `factors` holds what was drawn, in the order of FACTORS, for probes.
@@ -145,7 +145,7 @@ def textures(count, seed, size=32):
         noise = uniform(coarse * coarse, seed, index, 1 + level).view(count, 1, coarse, coarse)
         images += 0.12 * F.interpolate(noise - 0.5, size=(size, size), mode="nearest")
     factors = torch.stack([label, draw[:, 7], draw[:, 8], frequency, draw[:, 2], draw[:, 3],
-                           rotation, strength.flatten()], 1)
+                           rotation, strength.flatten(), draw[:, 11]], 1)
     return Images((images.clamp(0, 1) * 255).round().to(torch.uint8), label, TEXTURES), factors
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
 import analyze
 from conftest import call
+from data import textures
 from model import VisionTransformer, pool_tokens
 
 torch.set_num_threads(1)
@@ -34,6 +36,15 @@ def test_ridge_reads_what_is_linear_and_nothing_else():
     linear, noise = x @ cloud(5, 1, seed=1) + 3, cloud(900, 1, seed=2)
     seen, unseen = analyze.ridge(x, torch.cat([linear, noise], 1), parts).tolist()
     assert seen > 0.999 and abs(unseen) < 0.05
+
+
+def test_pixels_tell_the_slope_of_the_light_and_not_the_turn_of_the_texture():
+    data, drawn = textures(1500, 2, 16)
+    columns, x = analyze.readable(drawn), F.adaptive_avg_pool2d(data.images / 255, 8).flatten(1)
+    parts = torch.arange(1500).split([1000, 200, 300])
+    assert analyze.ridge(x, columns["illumination"], parts).min() > 0.6
+    assert analyze.ridge(x, columns["rotation"], parts).max() < 0.2
+    assert [x.shape[1] for x in columns.values()] == [10, 2, 2, 1, 2, 2, 1, 2]
 
 
 def test_half_of_the_variance_has_r_squared_one_half():
