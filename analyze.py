@@ -572,8 +572,16 @@ def similarity(networks, options):
     for i, j in itertools.product(range(len(flat)), repeat=2):
         place.text(j, i, f"{cka[i, j]:.2f}", ha="center", va="center", fontsize=7,
                    color="black" if cka[i, j] > 0.5 else "white")
-    place.set(yticks=range(len(flat)), yticklabels=names, xticks=range(len(flat)),
-              title="CKA of features, block by block")
+    title = "CKA of features, block by block"
+    if len(networks) > 2:
+        last = torch.tensor([len(each) for each in found]).cumsum(0) - 1
+        two = {(a.name, b.name): cka[i, j].item() for (a, i), (b, j)
+               in itertools.combinations(zip(networks, last), 2)}
+        most, least = (f"{' and '.join(choose(two, key=two.get))} {choose(two.values()):.2f}"
+                       for choose in (max, min))
+        title += f";\nlast blocks most alike: {most}, least: {least}"
+    place.set(yticks=range(len(flat)), yticklabels=names, xticks=range(len(flat)))
+    place.set_title(title, fontsize=10)
     place.set_xticklabels(names, rotation=90)
     return figure
 
@@ -582,20 +590,28 @@ def similarity(networks, options):
 def spectrum(networks, options):
     """spectrum.png: singular values, effective rank of each block, how far each head looks."""
     figure, axes = new_figure("abc", (12, 3.6))
+    ranks, far = {}, []
     for network, style, marker in zip(networks, itertools.cycle(STYLES), itertools.cycle("o^sv")):
         images = pictures(network, options, 1000)[0]
         features = block_features(network, images)
         values = torch.linalg.svdvals(features[-1] - features[-1].mean(0))
         values = values[values > 1e-4 * values[0]]  # centred and normalised: the last one is 0
         axes["a"].semilogy(values / values[0], style, label=network.name)
-        axes["b"].plot(range(1, len(features) + 1), [effective_rank(x) for x in features],
-                       marker + style, label=network.name)
+        of_blocks = [effective_rank(x) for x in features]
+        ranks[network.name] = of_blocks[-1]
+        axes["b"].plot(range(1, len(features) + 1), of_blocks, marker + style, label=network.name)
         for block, heads in enumerate(attention_distances(network.vit, images[:100]), 1):
+            far += heads
             axes["c"].plot([block] * len(heads), heads, marker, label=network.name * (block == 1),
                            color=axes["a"].lines[-1].get_color())
+    low, high = (choose(ranks, key=ranks.get) for choose in (min, max))
+    named = f"{ranks[low]:.0f} ({low}) to {ranks[high]:.0f} ({high})" if low != high else \
+        f"{ranks[low]:.0f}"
     axes["a"].set(title="singular values of the last block / the largest", xlabel="rank")
-    axes["b"].set(title="effective rank", xlabel="block", ylim=(0, None))
-    axes["c"].set(title="how far a head looks, in patches", xlabel="block")
+    axes["b"].set(title=f"effective rank: {named}", xlabel="block", ylim=(0, None))
+    axes["c"].set(title=f"heads look {min(far):.1f} to {max(far):.1f} patches far", xlabel="block")
+    for place in axes.values():
+        place.title.set_fontsize(11)
     axes["c"].set_ylim(0, 1.1 * axes["c"].dataLim.ymax)
     for place in "bc":
         axes[place].set_xticks(range(1, 1 + max(len(network.vit.blocks) for network in networks)))

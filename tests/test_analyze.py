@@ -5,6 +5,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,16 @@ def test_several_runs_share_a_picture(name, trained, tmp_path, monkeypatch):
     drawn(monkeypatch, name, trained, trained, "--out", tmp_path / "two.png")
     drawn(monkeypatch, name, trained, "--out", tmp_path / "one.png")
     assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_of_three_networks_the_title_names_the_two_most_alike(trained):
+    options = SimpleNamespace(arch=None, data=None, data_path=None)
+    networks = [analyze.open_network(trained, options) for _ in range(3)]
+    for network, name in zip(networks, ("one", "two", "other")):
+        network.name = name
+    torch.nn.init.normal_(networks[2].vit.pos_embed)
+    title = analyze.similarity(networks, options).axes[0].get_title()
+    assert "most alike: one and two 1.00, least: " in title
 
 
 def test_a_checkpoint_alone_will_do_and_its_picture_goes_beside_it(trained, monkeypatch):
