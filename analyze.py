@@ -43,6 +43,7 @@ PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".s
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
 NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
+OF_RKD = "distance_weight angle_weight pull_weight patch_weight head predictor".split()
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
@@ -110,8 +111,11 @@ def grouped(folders):
     options, labelled = [json.loads(key) for key in groups], {}
     for own, members in zip(options, groups.values()):
         alike = [other for other in options if other["loss"] == own["loss"]]
+        related = [other for other in options
+                   if "rkd" in parse_loss(own["loss"]) and "rkd" in parse_loss(other["loss"])]
         differing = [f"{name} {x}" for name, x in own.items()
-                     if any(other.get(name) != x for other in alike)]
+                     if any(other.get(name) != x for other in
+                            (related if name in OF_RKD else alike))]
         labelled[", ".join([own["loss"], *differing])] = members
     return labelled
 
@@ -216,11 +220,12 @@ def table(folders):
 
 
 def paired(folders):
-    """The groups, and of each sum with rkd whose rest was run too, all other options alike:
+    """The groups, and of each sum with rkd whose rest was run too, all options alike but rkd's own:
     (label, label of the rest, {measure: differences of the seeds that both have})."""
     def key(runs, terms):
         return json.dumps([terms, {name: x for name, x in runs[0].args.items()
-                                   if name not in {*NOT_THE_SYSTEM, "loss"}}], sort_keys=True)
+                                   if name not in {*NOT_THE_SYSTEM, *OF_RKD, "loss"}}],
+                          sort_keys=True)
 
     groups, found = grouped(folders), []
     terms = {label: parse_loss(runs[0].args["loss"]) for label, runs in groups.items()}

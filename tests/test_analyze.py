@@ -150,8 +150,9 @@ def test_each_knn_of_the_table_stands_under_what_was_done_to_the_features(runs, 
 @pytest.fixture
 def pairs_of_runs(tmp_path):
     """`dino` with seeds 0, 1, 2, `dino+5*rkd` with 0, 1, `rkd`, and `moco+rkd` without moco."""
-    def run(loss, seed, knn, white, linear, **options):
+    def run(loss, seed, knn, white, linear):
         evals = [dict(knn_top1=knn), dict(knn_top1=white, whiten=0.75), dict(linear_top1=linear)]
+        options = dict(pull_weight=0.0 if "rkd" in loss else 0.05)  # of no matter to dino
         return write_run(tmp_path / f"{loss}-{seed}", [dict(step=1, loss=1.0)], seed, evals,
                          loss=loss, **options)
     return [run("dino", 0, 40.0, 48.0, 45.0), run("dino", 1, 42.0, 47.0, 44.0),
@@ -171,6 +172,13 @@ def test_systems_with_other_options_are_no_pair(pairs_of_runs, tmp_path):
     args.write_text(json.dumps(json.loads(args.read_text()) | dict(lr=0.5)))
     _, [(_, _, differences)] = analyze.paired(pairs_of_runs)
     assert differences["knn_top1"] == [4.0]
+
+
+def test_sums_that_differ_in_an_option_of_rkd_say_it(pairs_of_runs, tmp_path):
+    args = tmp_path / "moco+rkd-0" / "args.json"
+    args.write_text(json.dumps(json.loads(args.read_text()) | dict(pull_weight=0.05)))
+    assert [*analyze.grouped(pairs_of_runs)] == [
+        "dino", "dino+5*rkd, pull_weight 0.0", "rkd, pull_weight 0.0", "moco+rkd, pull_weight 0.05"]
 
 
 def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, tmp_path):
