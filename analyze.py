@@ -43,7 +43,7 @@ PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".s
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
 NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
-OF_RKD = "distance_weight angle_weight pull_weight patch_weight head predictor".split()
+OF_RKD = {*"distance_weight angle_weight pull_weight patch_weight head predictor".split()}
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
@@ -99,6 +99,12 @@ def shaped(result):
     return {f"{name}{kind}" if name == "knn_top1" else name: x for name, x in result.items()}
 
 
+def system_of(run):
+    """The options that make a run what it is; those of rkd only where it is in the sum."""
+    other = set() if "rkd" in parse_loss(run.args["loss"]) else OF_RKD
+    return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
+
+
 def grouped(folders):
     """Runs that differ by their seeds alone, together: {label: [run, ..]}."""
     runs, groups = [read_run(folder) for folder in folders], {}
@@ -106,16 +112,13 @@ def grouped(folders):
     if len(sets) > 1:
         raise ValueError(f"these runs are of different data sets, {sorted(sets)}: one at a time")
     for run in runs:
-        system = {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM}
-        groups.setdefault(json.dumps(system, sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(system_of(run), sort_keys=True), []).append(run)
     options, labelled = [json.loads(key) for key in groups], {}
     for own, members in zip(options, groups.values()):
         alike = [other for other in options if other["loss"] == own["loss"]]
-        related = [other for other in options
-                   if "rkd" in parse_loss(own["loss"]) and "rkd" in parse_loss(other["loss"])]
-        differing = [f"{name} {x}" for name, x in own.items()
-                     if any(other.get(name) != x for other in
-                            (related if name in OF_RKD else alike))]
+        differing = [f"{name} {x}" for name, x in own.items() if any(
+            other.get(name, x if name in OF_RKD else None) != x
+            for other in (options if name in OF_RKD else alike))]
         labelled[", ".join([own["loss"], *differing])] = members
     return labelled
 
@@ -127,14 +130,19 @@ def over_seeds(runs, x, y):
     values = [[column[step][y] for column in columns] for step in steps]
     return ([statistics.mean(column[step][x] for column in columns) for step in steps],
             [statistics.mean(v) for v in values],
-            [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values])
+            [deviation(v) for v in values])
+
+
+def deviation(values):
+    """Standard deviation over seeds; 0 of one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def plus_minus(values, digits=1, sign=""):
     """mean ± standard deviation, as text; nothing of no values."""
     if not values:
         return ""
-    around = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    around = f" ± {deviation(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{around}"
 
 
@@ -223,9 +231,8 @@ def paired(folders):
     """The groups, and of each sum with rkd whose rest was run too, all options alike but rkd's own:
     (label, label of the rest, {measure: differences of the seeds that both have})."""
     def key(runs, terms):
-        return json.dumps([terms, {name: x for name, x in runs[0].args.items()
-                                   if name not in {*NOT_THE_SYSTEM, *OF_RKD, "loss"}}],
-                          sort_keys=True)
+        options = {name: x for name, x in system_of(runs[0]).items() if name not in OF_RKD}
+        return json.dumps(options | dict(loss=terms), sort_keys=True)
 
     groups, found = grouped(folders), []
     terms = {label: parse_loss(runs[0].args["loss"]) for label, runs in groups.items()}
@@ -258,9 +265,8 @@ def pairs(folders, out):
         def dot(label, y, face):
             values = [run.measured[name] for run in groups[label] if name in run.measured]
             if values:
-                error = statistics.stdev(values) if len(values) > 1 else 0
-                place.errorbar(statistics.mean(values), y, xerr=error, fmt="o", color="black",
-                               markerfacecolor=face, capsize=2)
+                place.errorbar(statistics.mean(values), y, xerr=deviation(values), fmt="o",
+                               color="black", markerfacecolor=face, capsize=2)
             return statistics.mean(values or [math.nan])
 
         for y, label in enumerate(rows):

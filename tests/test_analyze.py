@@ -181,6 +181,12 @@ def test_sums_that_differ_in_an_option_of_rkd_say_it(pairs_of_runs, tmp_path):
         "dino", "dino+5*rkd, pull_weight 0.0", "rkd, pull_weight 0.0", "moco+rkd, pull_weight 0.05"]
 
 
+def test_an_option_of_rkd_parts_no_seeds_of_a_system_without_it(pairs_of_runs, tmp_path):
+    args = tmp_path / "dino-1" / "args.json"
+    args.write_text(json.dumps(json.loads(args.read_text()) | dict(pull_weight=0.0)))
+    assert [run.args["seed"] for run in analyze.grouped(pairs_of_runs)["dino"]] == [0, 1, 2]
+
+
 def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, tmp_path):
     text = analyze.pairs(pairs_of_runs, tmp_path / "p.png")
     row = [x.strip() for x in text.splitlines()[-1].strip("|").split("|")]
