@@ -47,11 +47,11 @@ OF_RKD = {*"distance_weight angle_weight pull_weight patch_weight head predictor
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
-def new_figure(mosaic, size):
+def new_figure(mosaic, size, **options):
     """(figure, axes by letter), drawn to file only. Imported here: training needs no matplotlib."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplot_mosaic(mosaic)
+    return figure, figure.subplot_mosaic(mosaic, **options)
 
 
 def new_grid(rows, columns, size):
@@ -105,13 +105,22 @@ def system_of(run):
     return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
 
 
+def by_data_set(folders):
+    """{name of the images: the folders of runs on them}."""
+    sets = {}
+    for folder in folders:
+        args = read_run(folder).args
+        own = args["data"] == "folder" and os.path.basename(os.path.normpath(args["data_path"]))
+        sets.setdefault(own or args["data"], []).append(folder)
+    return sets
+
+
 def grouped(folders):
     """Runs that differ by their seeds alone, together: {label: [run, ..]}."""
-    runs, groups = [read_run(folder) for folder in folders], {}
-    sets = {(run.args["data"], os.path.basename(run.args["data_path"] or "")) for run in runs}
+    sets, groups = sorted(by_data_set(folders)), {}
     if len(sets) > 1:
-        raise ValueError(f"these runs are of different data sets, {sorted(sets)}: one at a time")
-    for run in runs:
+        raise ValueError(f"these runs are of different data sets, {sets}: one at a time")
+    for run in map(read_run, folders):
         groups.setdefault(json.dumps(system_of(run), sort_keys=True), []).append(run)
     options, labelled = [json.loads(key) for key in groups], {}
     for own, members in zip(options, groups.values()):
@@ -253,17 +262,35 @@ def paired(folders):
 def pairs(folders, out):
     """pairs.png: each system alone and with relations -> Markdown of the differences by seed.
 
-    From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe.
+    From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe. A row of
+    panels for each data set.
     """
-    groups, found = paired(folders)
-    if not found:
+    sets = {name: paired(own) for name, own in by_data_set(folders).items()}
+    if not any(found for _, found in sets.values()):
         raise ValueError("no two of these runs are X and X+W*rkd with all other options alike")
+    heights = [0.34 * (len(groups) - len(found)) for groups, found in sets.values()]
+    figure, axes = new_figure([[f"{name}/{x}" for x in MEASURES] for name in sets],
+                              (12, 0.6 + sum(heights) + 0.6 * len(sets)), height_ratios=heights)
+    lines = ["| images | pair | " + " | ".join(MEASURES.values()) + " | n |", "|---" * 6 + "|"]
+    for name, (groups, found) in sets.items():
+        row = {measure: axes[f"{name}/{measure}"] for measure in MEASURES}
+        pairs_of_one(groups, found, row)
+        row["knn_top1"].set_ylabel(name)
+        lines += [" | ".join([f"| {name} | `{label}` less `{base}`",
+                              *(plus_minus(x, sign="+") for x in each.values()),
+                              f"{max(map(len, each.values()))} |"]) for label, base, each in found]
+    row["knn_top1_whitened"].set_xlabel("%, mean ± std of the seeds; hollow: alone, filled: + rkd")
+    figure.savefig(out, dpi=100)
+    return "\n".join(lines)
+
+
+def pairs_of_one(groups, found, axes):
+    """The three panels of one data set; {measure: axes}."""
     summed = {label: base for label, base, _ in found}
     rows = [label for label in groups if label not in summed]
-    figure, axes = new_figure("abc", (12, 1.2 + 0.34 * len(rows)))
-    for place, (name, title) in zip(axes.values(), MEASURES.items()):
+    for measure, place in axes.items():
         def dot(label, y, face):
-            values = [run.measured[name] for run in groups[label] if name in run.measured]
+            values = [run.measured[measure] for run in groups[label] if measure in run.measured]
             if values:
                 place.errorbar(statistics.mean(values), y, xerr=deviation(values), fmt="o",
                                color="black", markerfacecolor=face, capsize=2)
@@ -274,22 +301,15 @@ def pairs(folders, out):
             for other in (other for other, base in summed.items() if base == label):
                 end = dot(other, y + 0.3, "black")
                 place.plot([start, end], [y, y + 0.3], color="0.6", zorder=0)
-        gains = [statistics.mean(each[name]) for _, _, each in found if each[name]]
+        gains = [statistics.mean(each[measure]) for _, _, each in found if each[measure]]
         said = f": adding rkd {statistics.mean(gains):+.1f} points" if gains else ""
-        place.set_title(title + said, fontsize=10)
+        place.set_title(MEASURES[measure] + said, fontsize=10)
         place.set(yticks=range(len(rows)), ylim=(len(rows) - 0.3, -0.5))
-        place.set_yticklabels(rows if place is axes["a"] else [], fontsize=9)
+        place.set_yticklabels(rows if measure == "knn_top1" else [], fontsize=9)
         place.grid(axis="x", color="0.9")
     limits = [place.get_xlim() for place in axes.values() if place.lines]
     for place in axes.values():
         place.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
-    axes["b"].set_xlabel("%, mean ± std of the seeds; hollow: alone, filled: + rkd")
-    figure.savefig(out, dpi=100)
-    return "\n".join(
-        ["| pair | " + " | ".join(MEASURES.values()) + " | n |", "|---" * 5 + "|"]
-        + [" | ".join([f"| `{label}` less `{base}`",
-                       *(plus_minus(x, sign="+") for x in each.values()),
-                       f"{max(map(len, each.values()))} |"]) for label, base, each in found])
 
 
 # ---- networks and images -------------------------------------------------------------------------

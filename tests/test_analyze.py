@@ -190,10 +190,20 @@ def test_an_option_of_rkd_parts_no_seeds_of_a_system_without_it(pairs_of_runs, t
 def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, tmp_path):
     text = analyze.pairs(pairs_of_runs, tmp_path / "p.png")
     row = [x.strip() for x in text.splitlines()[-1].strip("|").split("|")]
-    assert row == ["`dino+5*rkd` less `dino`", "+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
+    assert row == ["textures", "`dino+5*rkd` less `dino`", "+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
     assert (tmp_path / "p.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"X and X\+W\*rkd"):
         analyze.pairs(pairs_of_runs[:3], tmp_path / "q.png")
+
+
+def test_pairs_of_two_data_sets_are_kept_apart(pairs_of_runs, tmp_path):
+    for loss, knn in (("dino", 30.0), ("dino+5*rkd", 33.0)):
+        pairs_of_runs.append(write_run(tmp_path / f"{loss}-c", [dict(step=1, loss=1.0)], 0,
+                                       [dict(knn_top1=knn)], loss=loss, pull_weight=0.0,
+                                       data="folder", data_path="some/cifar10/"))
+    *_, first, second = analyze.pairs(pairs_of_runs, tmp_path / "p.png").splitlines()
+    assert first.startswith("| textures |") and "| +4.5 ± 0.7 |" in first
+    assert second == "| cifar10 | `dino+5*rkd` less `dino` | +3.0 |  |  | 1 |"
 
 
 def test_runs_of_two_sets_are_not_compared(runs, tmp_path):
