@@ -43,7 +43,9 @@ PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".s
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
 NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
-OF_RKD = {*"distance_weight angle_weight pull_weight patch_weight head predictor".split()}
+OF_RKD = {*"distance_weight distance_power angle_weight pull_weight patch_weight head "
+           "predictor".split()}
+NEW = dict(distance_power=1.0)  # options that logs of before do not have: how those ran
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
@@ -102,7 +104,7 @@ def shaped(result):
 def system_of(run):
     """The options that make a run what it is; those of rkd only where it is in the sum."""
     other = set() if "rkd" in parse_loss(run.args["loss"]) else OF_RKD
-    return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
+    return {name: x for name, x in (NEW | run.args).items() if name not in NOT_THE_SYSTEM | other}
 
 
 def by_data_set(folders):

@@ -60,26 +60,31 @@ def pairwise_distance(x):
     return (torch.where(apart, squares, 1).sqrt() * apart).float()
 
 
-def rkd_distance_loss(student, teacher):
+def rkd_distance_loss(student, teacher, power=1.0):
     """RKD-D (Park et al. 2019, eq. 5-7): (..., N, Ds), (..., N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the two distance matrices, each divided by its own mean over the N(N-1)
     pairs i != j; mean over those pairs. The gradient flows through the student's mean too. The
     original code also averages the N zeros of the diagonal: times N / (N-1) gives ours. Blind to
     shift, rotation and scale of either side. N < 2 raises ValueError.
+    `power` (ours): the teacher's distances are raised to it first. Above 1 they are sharpened, at 0
+    all are equal: the control that asks a student to spread its points, and knows no teacher.
     """
     check_points(student, teacher, 2)
     check_memory(student, 38)
     N = student.shape[-2]
 
-    def normalized(x):
-        distances = pairwise_distance(x)
+    def over_mean(distances):
         mean = distances.sum((-2, -1), keepdim=True) / (N * (N - 1))
         return distances / torch.where(mean > 0, mean, 1)  # all points equal: zeros, not 0 / 0
 
     with torch.no_grad():
-        target = normalized(teacher)
-    return F.smooth_l1_loss(normalized(student), target) * N / (N - 1)  # the diagonal adds zeros
+        target = over_mean(pairwise_distance(teacher))
+        if power != 1:
+            others = 1 - torch.eye(N, dtype=target.dtype, device=target.device)
+            target = over_mean(target ** power * others)  # 0 ** 0 is 1
+    loss = F.smooth_l1_loss(over_mean(pairwise_distance(student)), target)
+    return loss * N / (N - 1)  # the diagonal adds zeros
 
 
 def rkd_angle_loss(student, teacher, vertices=None):

@@ -238,7 +238,7 @@ def relations(student, teacher, args, vertices=None):
     """The two relational losses between points (..., N, D); a weight of 0 is not computed."""
     losses = {}
     if args.distance_weight:
-        losses["distance"] = rkd_distance_loss(student, teacher)
+        losses["distance"] = rkd_distance_loss(student, teacher, args.distance_power)
     if args.angle_weight:
         losses["angle"] = rkd_angle_loss(student, teacher, vertices)
     return losses
@@ -609,7 +609,8 @@ def parts(name, vit, their_width, args):
     match name:
         case "rkd":
             out = args.head or width
-            return (mlp_head(width, hidden, out) if args.head else None,
+            make = partial(batch_norm, last=plain) if args.head_batchnorm else mlp_head
+            return (make(width, hidden, out) if args.head else None,
                     mlp_head(out, hidden, out) if args.predictor else None)
         case "simclr":
             return batch_norm(width, hidden, out, last=plain), None

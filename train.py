@@ -69,7 +69,7 @@ def options():
     add("--head-hidden", type=whole(0, 2**16), default=0,
         help="width inside heads; 0: 4 times the ViT's")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
-        help="in dino's and ibot's; try it when they collapse")
+        help="in rkd's, as simclr has it; in dino's and ibot's, when they collapse")
     add("--predictor", action="store_true", help="rkd: a second MLP on the student alone")
     add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
     add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2],
@@ -110,6 +110,8 @@ def options():
 
     add = parser.add_argument_group("losses").add_argument
     add("--distance-weight", type=number(0), default=1.0, help="rkd: of distances")
+    add("--distance-power", type=number(0), default=1.0,
+        help="rkd: the teacher's distances to this power; 0: all equal (a control)")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles; Park et al.: 2 : 1")
     add("--pull-weight", type=number(0), default=0.05,
         help="rkd: between two views; 0: pure relations (default with --teacher-checkpoint)")

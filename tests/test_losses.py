@@ -88,6 +88,15 @@ def test_distance_loss_grows_linearly_beyond_an_error_of_one():
     assert_close(rkd_distance_loss(far, torch.eye(6)), torch.tensor((10 * .5 + 5 * 1.5) / 15))
 
 
+def test_a_power_sharpens_the_teachers_distances_and_0_makes_them_equal():
+    # 9, 16, 25 / (50/3): .54, .96, 1.5; line .75, 1.5, .75: errors .21, .54, -.75
+    expected = torch.tensor((.21**2 + .54**2 + .75**2) / 2 / 3)
+    assert_close(rkd_distance_loss(LINE, TRIANGLE, power=2), expected)
+    for teacher in (TRIANGLE, ONE_POINT):  # errors -.25, .5, -.25, whoever teaches
+        assert_close(rkd_distance_loss(LINE, teacher, power=0), torch.tensor(.375 / 2 / 3))
+    assert_close(rkd_distance_loss(EQUILATERAL, LINE, power=0), torch.tensor(0.))
+
+
 def test_equilateral_against_triangle_has_the_angle_loss_of_six_triplets():
     # cosines .5 against 0, .6, .8: (.5² + .1² + .3²) / 2 / 3 = .35 / 6
     assert_close(rkd_angle_loss(EQUILATERAL, TRIANGLE), torch.tensor(0.35 / 6))

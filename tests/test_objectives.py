@@ -592,6 +592,12 @@ def test_heads_stand_on_both_networks_and_predictors_on_the_student(
         assert not any(p.requires_grad for p in system.teacher.parameters())
 
 
+def test_the_head_of_rkd_with_batchnorm_is_that_of_simclr():
+    rkd, simclr = (build(*words.split()).student.heads[words.split()[0]] for words in (
+        "rkd --head 12 --head-batchnorm", "simclr --projection 12"))
+    assert str(rkd) == str(simclr)
+
+
 @pytest.mark.parametrize("words, kept", [("rkd", "teacher"), ("simclr", "student"),
                                          ("rkd --teacher frozen", "student")])
 def test_the_points_are_the_first_view_of_the_student_and_the_second_of_the_kept(words, kept):

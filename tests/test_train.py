@@ -156,6 +156,12 @@ def one_step(*options, views=2):
     return logs, loss, strong, weak, mask, student.seen, teacher.seen
 
 
+def test_the_teachers_distances_are_read_to_the_power_that_is_asked_for():
+    logs, _, strong, *_ = one_step("--distance-power", "2")
+    expected = [rkd_distance_loss(2 * strong[i].exp(), strong[1 - i], 2) for i in (0, 1)]
+    assert_close(logs["distance"], sum(expected) / 2)
+
+
 @pytest.mark.parametrize("views, pairs", [(2, [(0, 1), (1, 0)]),
                                           (3, [(0, 1), (1, 0), (2, 0), (2, 1)])])
 def test_each_view_is_compared_with_the_other_ones_and_never_with_itself(views, pairs):
