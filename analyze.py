@@ -621,9 +621,10 @@ def similarity(networks, options):
 
 @torch.no_grad()
 def spectrum(networks, options):
-    """spectrum.png: singular values, effective rank of each block, how far each head looks."""
-    figure, axes = new_figure("abc", (12, 3.6))
-    ranks, far = {}, []
+    """spectrum.png: singular values, effective rank of each block, how unequal the distances are
+    (all at 1: no relations are left), how far each head looks."""
+    figure, axes = new_figure("ab;cd", (10, 7))
+    ranks, spreads, far = {}, {}, []
     for network, style, marker in zip(networks, itertools.cycle(STYLES), itertools.cycle("o^sv")):
         images = pictures(network, options, 1000)[0]
         features = block_features(network, images)
@@ -633,26 +634,41 @@ def spectrum(networks, options):
         of_blocks = [effective_rank(x) for x in features]
         ranks[network.name] = of_blocks[-1]
         axes["b"].plot(range(1, len(features) + 1), of_blocks, marker + style, label=network.name)
+        distances = relative_distances(features[-1])
+        spreads[network.name] = distances.std().item()
+        density, edges = torch.histogram(distances, 60, range=(0, 2.5), density=True)
+        axes["c"].plot((edges[1:] + edges[:-1]) / 2, density, style, label=network.name)
         for block, heads in enumerate(attention_distances(network.vit, images[:100]), 1):
             far += heads
-            axes["c"].plot([block] * len(heads), heads, marker, label=network.name * (block == 1),
+            axes["d"].plot([block] * len(heads), heads, marker, label=network.name * (block == 1),
                            color=axes["a"].lines[-1].get_color())
-    low, high = (choose(ranks, key=ranks.get) for choose in (min, max))
-    named = f"{ranks[low]:.0f} ({low}) to {ranks[high]:.0f} ({high})" if low != high else \
-        f"{ranks[low]:.0f}"
+
+    def ends(found, digits):
+        low, high = (choose(found, key=found.get) for choose in (min, max))
+        named = [f"{found[name]:.{digits}f} ({name})" for name in (low, high)]
+        return " to ".join(named) if low != high else f"{found[low]:.{digits}f}"
+
     axes["a"].set(title="singular values of the last block / the largest", xlabel="rank")
-    axes["b"].set(title=f"effective rank: {named}", xlabel="block", ylim=(0, None))
-    axes["c"].set(title=f"heads look {min(far):.1f} to {max(far):.1f} patches far", xlabel="block")
-    for place in axes.values():
-        place.title.set_fontsize(11)
-    axes["c"].set_ylim(0, 1.1 * axes["c"].dataLim.ymax)
-    for place in "bc":
+    axes["b"].set(title=f"effective rank: {ends(ranks, 0)}", xlabel="block", ylim=(0, None))
+    axes["c"].set(title=f"std of the distances: {ends(spreads, 2)}", yticks=[],
+                  xlabel="distance between two images / mean")
+    axes["d"].set(title=f"heads look {min(far):.1f} to {max(far):.1f} patches far", xlabel="block")
+    axes["d"].set_ylim(0, 1.1 * axes["d"].dataLim.ymax)
+    for place in "bd":
         axes[place].set_xticks(range(1, 1 + max(len(network.vit.blocks) for network in networks)))
     for place in axes.values():
+        place.title.set_fontsize(11)
         handles, labels = place.get_legend_handles_labels()
         kept = [(h, x) for h, x in zip(handles, labels) if x]
         place.legend(*zip(*kept), fontsize=8)
     return figure
+
+
+def relative_distances(points):
+    """The N(N-1)/2 distances between points (N, D), over their mean: what RKD-D sees."""
+    distances = pairwise_distance(points)
+    distances = distances[tuple(torch.triu_indices(*distances.shape, offset=1))]
+    return distances / distances.mean()
 
 
 def attention_distances(vit, images):

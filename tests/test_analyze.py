@@ -190,7 +190,8 @@ def test_an_option_of_rkd_parts_no_seeds_of_a_system_without_it(pairs_of_runs, t
 def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, tmp_path):
     text = analyze.pairs(pairs_of_runs, tmp_path / "p.png")
     row = [x.strip() for x in text.splitlines()[-1].strip("|").split("|")]
-    assert row == ["textures", "`dino+5*rkd` less `dino`", "+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
+    assert row == ["textures", "`dino+5*rkd` less `dino`", "+4.5 ± 0.7", "+0.0 ± 0.7",
+                   "-0.5 ± 0.7", "2"]
     assert (tmp_path / "p.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"X and X\+W\*rkd"):
         analyze.pairs(pairs_of_runs[:3], tmp_path / "q.png")
@@ -213,6 +214,11 @@ def test_runs_of_two_sets_are_not_compared(runs, tmp_path):
 
 
 # ---------- the pictures ----------
+
+def test_distances_over_their_mean_are_all_one_for_a_simplex_and_see_each_pair_once():
+    assert analyze.relative_distances(torch.tensor([[0.], [1], [3]])).tolist() == [0.5, 1.5, 1.0]
+    torch.testing.assert_close(analyze.relative_distances(5 * torch.eye(4)), torch.ones(6))
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
