@@ -112,7 +112,7 @@ def by_data_set(folders):
     sets = {}
     for folder in folders:
         args = read_run(folder).args
-        own = args["data"] == "folder" and os.path.basename(os.path.normpath(args["data_path"]))
+        own = args["data"] == "folder" and os.path.basename((args["data_path"] or "").rstrip("/"))
         sets.setdefault(own or args["data"], []).append(folder)
     return sets
 
@@ -310,7 +310,7 @@ def pairs_of_one(groups, found, axes):
         place.set_yticklabels(rows if measure == "knn_top1" else [], fontsize=9)
         place.grid(axis="x", color="0.9")
     limits = [place.get_xlim() for place in axes.values() if place.lines]
-    for place in axes.values():
+    for place in axes.values() if limits else ():
         place.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
 
 

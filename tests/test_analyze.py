@@ -202,6 +202,7 @@ def test_pairs_of_two_data_sets_are_kept_apart(pairs_of_runs, tmp_path):
         pairs_of_runs.append(write_run(tmp_path / f"{loss}-c", [dict(step=1, loss=1.0)], 0,
                                        [dict(knn_top1=knn)], loss=loss, pull_weight=0.0,
                                        data="folder", data_path="some/cifar10/"))
+    pairs_of_runs.append(write_run(tmp_path / "e", [dict(step=1, loss=1.0)], data="stl10"))  # bare
     *_, first, second = analyze.pairs(pairs_of_runs, tmp_path / "p.png").splitlines()
     assert first.startswith("| textures |") and "| +4.5 ± 0.7 |" in first
     assert second == "| cifar10 | `dino+5*rkd` less `dino` | +3.0 |  |  | 1 |"
