@@ -46,6 +46,7 @@ NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
 OF_RKD = {*"distance_weight distance_power angle_weight pull_weight patch_weight head "
            "predictor".split()}
 NEW = dict(distance_power=1.0)  # options that logs of before do not have: how those ran
+T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t of 1, 2, .. degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
@@ -157,6 +158,17 @@ def plus_minus(values, digits=1, sign=""):
     return f"{statistics.mean(values):{sign}.{digits}f}{around}"
 
 
+def difference(values):
+    """mean ± standard deviation of paired differences, as Markdown.
+
+    Bold where the 95 % interval of the mean, mean ± t · deviation / √n, leaves out zero.
+    """
+    n, text = len(values), plus_minus(values, sign="+")
+    known = n > 1 and abs(statistics.mean(values)) > (
+        T_95[min(n - 1, len(T_95)) - 1] * deviation(values) / math.sqrt(n))
+    return f"**{text}**" if known else text
+
+
 def curves(folders, out=None, x="step"):
     """curves.png from log.jsonl and args.json: of one run with its loss terms, or of several."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
@@ -265,7 +277,7 @@ def pairs(folders, out):
     """pairs.png: each system alone and with relations -> Markdown of the differences by seed.
 
     From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe. A row of
-    panels for each data set.
+    panels for each data set. Bold differences are those whose 95 % interval leaves out zero.
     """
     sets = {name: paired(own) for name, own in by_data_set(folders).items()}
     if not any(found for _, found in sets.values()):
@@ -279,7 +291,7 @@ def pairs(folders, out):
         pairs_of_one(groups, found, row)
         row["knn_top1"].set_ylabel(name)
         lines += [" | ".join([f"| {name} | `{label}` less `{base}`",
-                              *(plus_minus(x, sign="+") for x in each.values()),
+                              *map(difference, each.values()),
                               f"{max(map(len, each.values()))} |"]) for label, base, each in found]
     row["knn_top1_whitened"].set_xlabel("%, mean ± std of the seeds; hollow: alone, filled: + rkd")
     figure.savefig(out, dpi=100)

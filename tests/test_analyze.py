@@ -197,6 +197,16 @@ def test_the_pairs_are_drawn_and_their_mean_differences_printed(pairs_of_runs, t
         analyze.pairs(pairs_of_runs[:3], tmp_path / "q.png")
 
 
+@pytest.mark.parametrize("values, said", [
+    ([4.0, 5.0], "+4.5 ± 0.7"),          # t = 9.0, needed 12.71
+    ([4.0, 4.5], "**+4.2 ± 0.4**"),      # t = 17
+    ([1.0, 2.0, 3.0], "+2.0 ± 1.0"),     # t = 3.46, needed 4.30
+    ([-2.0, -3.0, -4.0], "**-3.0 ± 1.0**"),  # t = 5.2
+    ([0.9, 1.1] * 20, "**+1.0 ± 0.1**"), ([7.0], "+7.0"), ([], "")])
+def test_a_difference_is_bold_where_its_interval_leaves_out_zero(values, said):
+    assert analyze.difference(values) == said
+
+
 def test_pairs_of_two_data_sets_are_kept_apart(pairs_of_runs, tmp_path):
     for loss, knn in (("dino", 30.0), ("dino+5*rkd", 33.0)):
         pairs_of_runs.append(write_run(tmp_path / f"{loss}-c", [dict(step=1, loss=1.0)], 0,
