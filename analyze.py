@@ -46,7 +46,7 @@ NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
 OF_RKD = {*"distance_weight distance_power angle_weight pull_weight patch_weight head "
            "predictor".split()}
 NEW = dict(distance_power=1.0)  # options that logs of before do not have: how those ran
-T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t of 1, 2, .. degrees
+T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 
 
