@@ -15,9 +15,15 @@ import train  # found by the line above
 from data import textures
 
 
+def drawn(count, seed=0, size=32):
+    """Built-in images: uint8 (N, 3, S, S), labels (N,), factors (N, 9)."""
+    data, factors = textures(count, seed, size)
+    return data.images, data.labels, factors
+
+
 def write_textures(root, train, val, classes=5):
     """A folder of 32 px PNGs, so many to train by and to measure by -> its path."""
-    for i, pixels in enumerate(textures(train + val, 0)[0].images):
+    for i, pixels in enumerate(drawn(train + val)[0]):
         place = root / ("train" if i < train else "val") / f"class{i % classes}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
