@@ -1,0 +1,58 @@
+"""The built-in set: its bytes, its balance, and the ranges of its latent factors.
+
+    pytest tests/test_textures.py
+"""
+import colorsys
+import hashlib
+
+import torch
+from torch.testing import assert_close
+
+from conftest import drawn
+from data import FACTORS
+from data import hsv_to_rgb
+from data import load_data
+
+
+def test_textures_depend_on_the_seed_alone():
+    first = drawn(20, seed=0)[0]
+    assert not drawn(20, seed=1)[0].equal(first)
+    assert drawn(30, seed=0)[0][:20].equal(first)
+
+
+def test_twenty_textures_are_exactly_these_bytes():
+    pixels = drawn(20)[0].numpy().tobytes()
+    assert len(pixels) == 20 * 3 * 32 * 32
+    assert hashlib.sha256(pixels).hexdigest() == \
+        "0ccde554c350a877649dd623693b457982710da4168cc62cb3fb8fbf27145df4"
+
+
+def test_texture_classes_are_balanced_and_no_class_has_a_colour_of_its_own():
+    images, labels, _ = drawn(400)
+    assert labels.bincount().tolist() == [40] * 10
+    colours = [images[labels == k].float().mean((0, 2, 3)) for k in range(10)]
+    assert torch.stack(colours).std(0).max() < 20  # of 255: means of 40 that vary by about 50
+
+
+def test_factors_lie_in_their_ranges_and_the_first_is_the_class():
+    _, labels, factors = drawn(1000)
+    column = dict(zip(FACTORS, factors.T))
+    assert column["class"].equal(labels.double())
+    ranges = dict(frequency=(3.5, 4.5), rotation=(-0.2, 0.2), illumination=(0, 0.6))
+    for name in FACTORS[1:]:
+        low, high = ranges.get(name, (0, 1))  # hues in turns, phases in periods
+        assert low <= column[name].min() and column[name].max() <= high
+        assert abs(column[name].mean() - (low + high) / 2) < 0.05 * (high - low)
+
+
+def test_no_test_image_is_a_training_image():
+    train, test = load_data("textures", None, 16)
+    assert (len(train), len(test)) == (10000, 1000) and train.classes == test.classes
+    seen, measured = ({x.numpy().tobytes() for x in part.images} for part in (train, test))
+    assert not seen & measured
+
+
+def test_hsv_to_rgb_is_colorsys():
+    hsv = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([colorsys.hsv_to_rgb(*row) for row in hsv.double().tolist()])
+    assert_close(hsv_to_rgb(*hsv.T), expected, atol=1e-6, rtol=0)
