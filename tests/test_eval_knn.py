@@ -1,0 +1,150 @@
+"""k-NN: the weighted vote against its definition, frozen features, and the command line.
+
+    pytest tests/test_eval_knn.py
+"""
+import io
+import json
+import sys
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+
+import eval_knn
+from conftest import call, drawn, write_textures
+from data import Images, load_data, normalize
+from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1, whitening
+from model import ARCHS
+from model import open_backbone
+
+
+def cloud(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_textures(tmp_path_factory.mktemp("images"), 40, 20)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert call("--data", "folder", "--data-path", folder, "--max-steps", 3, "--workers", 0,
+                "--batch-size", 16, "--device", "cpu", "--out-dir", out) == 0
+    return out / "checkpoint.pt"
+
+
+def evaluate(script, checkpoint, folder, *options):
+    """main() of a script as from the command line -> the lines of its table, its JSON object."""
+    words = ["--checkpoint", checkpoint, "--data-path", folder, "--workers", 0, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, [*words, *options])])
+        script.main()
+    *table, result = said.getvalue().splitlines()
+    return table, json.loads(result)
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (20, 0.5), (50, 1.0)])
+def test_scores_are_the_votes_of_the_nearest_weighted_by_similarity(k, temperature):
+    references, labels, queries = 3 * cloud(50, 8), torch.arange(50) % 4, cloud(6, 8, seed=1)
+    cos = F.cosine_similarity(queries.unsqueeze(1), references, dim=2)
+    rank = cos.argsort(1, descending=True).argsort(1)
+    expected = (cos / temperature).exp() * (rank < k) @ F.one_hot(labels, 4).float()
+    scores = knn_scores(references, labels, queries, 4, [7, k], temperature)[k]
+    assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_three_references_on_a_circle_vote_as_worked_out_by_hand():
+    references, query = torch.tensor([[1., 0], [0, 1], [-1, 0]]), torch.tensor([[0., 7]])
+    scores = knn_predict(references, torch.tensor([0, 1, 1]), query, 2, k=3, temperature=1.0)
+    assert_close(scores, torch.tensor([[1.0, torch.e + 1]]))  # cosines 0, 1, 0
+
+
+def test_accuracy_is_the_percentage_of_right_votes_and_centring_removes_an_offset():
+    references, queries = torch.tensor([[9.], [11.]]), torch.tensor([[8.], [12.], [13.], [14.]])
+    both = (references, torch.tensor([0, 1])), (queries, torch.tensor([0, 1, 1, 0]))
+    assert knn_top1(*both, k=1, center=True) == 75
+    assert knn_top1(*both, k=1) == 50  # seen from 0, all lie in one direction: one class for all
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_whitening_divides_each_principal_direction_by_its_std_to_a_power(power):
+    x = cloud(500, 6) @ cloud(6, 6, seed=1) + 7
+    mean, matrix = whitening(x, power, floor=0)
+    before, after = (torch.linalg.svdvals((y - y.mean(0)) / 500 ** 0.5)
+                     for y in (x, (x - mean) @ matrix))
+    assert_close(after, before ** (1 - power), rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_does_not_blow_up_a_direction_of_mere_rounding():
+    x = torch.cat([cloud(100, 3), 1e-5 * cloud(100, 1, seed=1)], 1)
+    assert torch.linalg.svdvals(x @ whitening(x)[1])[-1] < 0.02  # the others: about 10
+
+
+def test_a_tenth_is_held_out_and_nothing_is_lost():
+    fit, choose = held_out(50)
+    assert len(choose) == 5 and sorted([*fit.tolist(), *choose.tolist()]) == list(range(50))
+    assert choose.tolist() != [0, 1, 2, 3, 4] and held_out(50)[1].equal(choose)
+
+
+def test_features_are_the_pooled_tokens_of_a_network_left_as_it_was():
+    data = Images(drawn(6)[0], torch.tensor([0, -1, 1, 0, -1, 1]), list("ab"))
+    vit = ARCHS["vit_micro"](image_size=32, patch_size=8, drop_path=0.9).eval()
+    images = normalize(data.images[[0, 2, 3, 5]] / 255)  # an image without a label is left out
+    tokens = vit(images).detach()
+    pools = dict(cls=tokens[:, 0], mean=tokens[:, 1:].mean(1), pixels=images.flatten(1))
+    for pool, expected in pools.items():
+        features, labels = extract_features(vit.train(), data, 32, pool)
+        assert_close(features, expected, rtol=1e-4, atol=1e-4)
+        assert vit.training and labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("words, change", [
+    ([], lambda x, known: x), (["--center"], lambda x, known: x - known.mean(0)),
+    (["--whiten", 0.75], lambda x, known: (x - known.mean(0)) @ whitening(known, 0.75)[1])])
+def test_knn_prints_the_accuracy_of_the_features_per_k(folder, checkpoint, words, change):
+    _, result = evaluate(eval_knn, checkpoint, folder, "--k", 1, 5, *words)
+    vit, options = open_backbone(checkpoint)
+    known, test = (extract_features(vit, data, 32, options["pool"])
+                   for data in load_data("folder", folder))
+    both = [(change(x, known[0]), y) for x, y in (known, test)]
+    for k in (1, 5):
+        assert result[f"knn_top1_k{k}"] == pytest.approx(knn_top1(*both, k=k), abs=0.01)
+    assert result["knn_top1"] == result[f"knn_top1_k{result['k']}"]
+
+
+def test_the_best_k_is_chosen_on_held_out_references(folder, checkpoint, monkeypatch):
+    labels = (torch.arange(40) % 5 < 2).long()  # 24 in one direction, 16 in another
+    tests = torch.eye(2)[[1, 1]], torch.tensor([0, 0])  # nearest wrong, majority right
+    features = [(torch.eye(2)[labels], labels), tests]
+    monkeypatch.setattr(eval_knn, "labelled_features", lambda *_: features)
+    _, found = evaluate(eval_knn, checkpoint, folder, "--k", 1, 36, "--temperature", 1e6)
+    assert (found["knn_top1_k1"], found["knn_top1_k36"]) == (0, 100)
+    assert found["k"] == 1 and found["knn_top1"] == 0  # not the k that is best on the test
+
+
+def test_features_from_the_cache_are_the_features(folder, checkpoint, tmp_path, monkeypatch):
+    found = []
+    for pool in ("cls", "mean", "cls", "mean"):
+        found.append(evaluate(eval_knn, checkpoint, folder, "--cache", tmp_path, "--pool", pool))
+        if len(found) == 2:
+            monkeypatch.delattr(eval_knn, "extract_features")  # the network rests
+    assert found[:2] == found[2:] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--arch vit_tiny", "vit_tiny"), ("--arch vit_huge", "vit_huge"), ("--image-size 30", "30"),
+    ("--data-path /no/such/place", "/no/such/place"), ("--cache {}/text", "{}/text"),
+    ("--data-path {}", "{}"), ("--checkpoint {}/none", "{}/none"),
+    ("--checkpoint {}/text", "{}/text"), ("--k 0", "0"), ("--temperature nan", "nan")])
+def test_a_wrong_option_is_named_on_one_line(folder, checkpoint, tmp_path, capsys, words, named):
+    (tmp_path / "text").write_text("words")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")  # a folder without classes
+    with pytest.raises(SystemExit) as stop:
+        evaluate(eval_knn, checkpoint, folder, *words.format(tmp_path).split())
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and named.format(tmp_path) in line
