@@ -107,12 +107,12 @@ def test_features_are_the_pooled_tokens_of_a_network_left_as_it_was():
     ([], lambda x, known: x), (["--center"], lambda x, known: x - known.mean(0)),
     (["--whiten", 0.75], lambda x, known: (x - known.mean(0)) @ whitening(known, 0.75)[1])])
 def test_knn_prints_the_accuracy_of_the_features_per_k(folder, checkpoint, words, change):
-    _, result = evaluate(eval_knn, checkpoint, folder, "--k", 1, 5, *words)
+    _, result = evaluate(eval_knn, checkpoint, folder, "--k", 1, 5, 20, *words)
     vit, options = open_backbone(checkpoint)
     known, test = (extract_features(vit, data, 32, options["pool"])
                    for data in load_data("folder", folder))
     both = [(change(x, known[0]), y) for x, y in (known, test)]
-    for k in (1, 5):
+    for k in (1, 5, 20):
         assert result[f"knn_top1_k{k}"] == pytest.approx(knn_top1(*both, k=k), abs=0.01)
     assert result["knn_top1"] == result[f"knn_top1_k{result['k']}"]
 
