@@ -69,18 +69,18 @@ def build(loss, words=None):
 
 
 def batch(args, rank=0, world=1):
-    """This process's share of eight images. Dropped are 12 patches, masked are i of image i."""
+    """This process's share of eight images: strong views, weak views, masks."""
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
     sides = [16] * args.global_crops + [8] * args.local_crops
     strong, weak = ([cloud(8, 3, side, side, seed=seed + i)[mine] for i, side in enumerate(sides)]
                     for seed in (0, 50))
-    count = 12 if args.hide == "drop" else torch.arange(8).view(8, 1)
+    count = 12 if args.hide == "drop" else torch.arange(8).view(8, 1)  # hidden, of each image
     mask = cloud(args.global_crops, 8, 16).argsort(-1) < count
     return strong, weak, mask[:, mine].flatten(0, 1) if args.mask_ratio else None
 
 
 def step(loss, rank=0, world=1):
-    """Of this process's share of the images: loss, gradients, centres and points."""
+    """Loss, gradients, centres and points of one step on this process's share of the images."""
     system = build(loss)
     assert (system.teacher is None) == (loss in ("simclr", "beit", "mae", "simmim"))
     network = nn.parallel.DistributedDataParallel(system, broadcast_buffers=False) \
@@ -94,7 +94,7 @@ def step(loss, rank=0, world=1):
 
 
 def agree(found, expected):
-    """Gradients to 1e-4 of each one's length, to 1e-6 of the longest where one is near nothing."""
+    """Gradients may differ by 1e-4 of their norm, or by 1e-6 of the largest gradient's norm."""
     loss, gradients, centers, points = found
     assert_close(loss, expected[0], rtol=1e-5, atol=0)
     longest = max(expected[1][name].norm() for name in gradients)
