@@ -190,11 +190,11 @@ def test_sets_in_memory_are_measured_at_any_size():
 
 @pytest.mark.parametrize("held", ["val", "test"])
 def test_folders_of_classes_are_labelled_by_sorted_name(tmp_path, held):
-    for place in ("train/dog/a", "train/cat/b", "train/cat/deep/c", f"{held}/dog/d"):
+    for place in ("train/eel/a", "train/dog/b", "train/cat/c", "train/cat/d/e", f"{held}/dog/f"):
         write(tmp_path / f"{place}.png")
     train, test = load_data("folder", str(tmp_path))
-    assert train.classes == ["cat", "dog"]
-    assert train.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [1]
+    assert train.classes == ["cat", "dog", "eel"]
+    assert train.labels.tolist() == [0, 0, 1, 2] and test.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("place", ["", "train/"])
