@@ -1,0 +1,260 @@
+"""Weights: every published layout is read, strictly; a bad file is one clear error; timm's export.
+
+    pytest tests/test_weights.py
+"""
+import argparse
+import json
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conftest import call, write_textures
+from model import ARCHS, VisionTransformer
+from model import load_backbone, open_backbone
+from test_model import D, noise, randomized, small
+
+SCRIPT = Path(__file__).resolve().parent.parent / "model.py"
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: x for name, x in weights.items()}
+
+
+def without(weights, name):
+    return {other: x for other, x in weights.items() if other != name}
+
+
+def written(folder, content, name="weights.pt"):
+    """Bytes as they are, anything else by torch.save -> the path of the file."""
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        torch.save(content, folder / name)
+    return folder / name
+
+
+THEIRS = {"cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_token",
+          "pos_embed": "embeddings.position_embeddings", "blocks.": "encoder.layer.",
+          "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm.": "layernorm.",
+          "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+          "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after"}
+
+
+def hugging_face(weights):
+    """timm's names -> those of transformers' ViTModel, with query, key and value apart."""
+    renamed = {}
+    for name, x in weights.items():
+        for ours, theirs in THEIRS.items():
+            name = name.replace(ours, theirs)
+        parts = ("query", "key", "value") if "qkv" in name else ("",)
+        for part, piece in zip(parts, x.chunk(len(parts))):
+            renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
+    return renamed
+
+
+def layouts():
+    """The layout's name -> a file whose backbone is small(1); small(2) must not be taken."""
+    full, other = small(1).state_dict(), prefixed("backbone.", small(2).state_dict())
+    timm, token = without(full, "mask_token"), full["mask_token"]
+    head = {"head.weight": noise(10, D), "head_dist.weight": noise(10, D)}
+    dino_head = {"head.mlp.0.weight": noise(8, D), "head.last_layer.weight_g": noise(8, 1)}
+    decoder = {"mask_token": noise(1, 1, 512), "decoder_pos_embed": noise(1, 17, 512),
+               "decoder_embed.weight": noise(512, D), "decoder_blocks.0.norm1.bias": noise(512)}
+    options = argparse.Namespace(arch="vit_small", patch_size=4)  # in the official files
+    dino = {"student": prefixed("module.", other), "args": options, "epoch": 100,
+            "teacher": prefixed("backbone.", timm) | dino_head}
+    moco = prefixed("module.momentum_encoder.", small(2).state_dict()) | prefixed(
+        "module.base_encoder.", timm | {"head.0.weight": noise(8, D)})
+    return {
+        "ours": {"student": other, "teacher": prefixed("backbone.", full) | dino_head, "step": 7},
+        "ours without a teacher": {"frozen": other, "student": prefixed("backbone.", full)},
+        "compiled and distributed": prefixed("module._orig_mod.backbone.", full),
+        "student and teacher in one dict": prefixed("student.", other) | prefixed("teacher.", full),
+        "timm": timm | head,
+        "dino": dino,
+        "ibot": dino | {"teacher": dino["teacher"] | {"backbone.masked_embed": token[0]}},
+        "mae": {"model": timm | decoder, "optimizer": {"state": {}}, "args": options},
+        "mae of hugging face": prefixed("vit.", hugging_face(timm)) | prefixed("decoder.", decoder),
+        "moco v3": {"arch": "vit_small", "state_dict": moco},
+        "hugging face": prefixed("vit.", hugging_face(full)) | {"pooler.dense.bias": noise(D)}}
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_the_backbone_is_found_in_every_layout(layout, tmp_path):
+    vit, path = small(3), written(tmp_path, layouts()[layout])
+    assert load_backbone(vit, path) is vit
+    expected = small(1).state_dict()
+    if layout.split()[0] in ("timm", "dino", "mae", "moco"):
+        expected["mask_token"] = small(3).mask_token  # the file has none: it stays
+    assert all(x.equal(expected[name]) for name, x in vit.state_dict().items())
+
+
+def test_safetensors_hold_the_same_as_pickles(tmp_path):
+    save = pytest.importorskip("safetensors.torch").save
+    path = written(tmp_path, save(layouts()["hugging face"]), "model.safetensors")
+    assert load_backbone(small(3), path).cls_token.equal(small(1).cls_token)
+
+
+def test_safetensors_without_the_package_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="model.safetensors: .* pip install safetensors"):
+        load_backbone(small(3), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("message, change", [
+    ("missing norm.bias", lambda w: without(w, "norm.bias")),
+    ("missing blocks.1.attn.qkv.bias", lambda w: without(
+        hugging_face(w), "encoder.layer.1.attention.attention.key.bias")),
+    ("; and 16 more", lambda w: {name: x for name, x in w.items() if "blocks." not in name}),
+    ("unexpected blocks.0.ls1.gamma", lambda w: w | {"blocks.0.ls1.gamma": noise(D)}),
+    ("norm.bias is (33,), not (32,)", lambda w: w | {"norm.bias": noise(33)}),
+    ("mask_token is (1, 1, 9), not (1, 1, 32)", lambda w: w | {"mask_token": noise(1, 1, 9)})])
+def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, change, tmp_path):
+    vit, path = small(3), written(tmp_path, change(small(1).state_dict()))
+    with pytest.raises(ValueError, match="weights.pt .*" + re.escape(message)):
+        load_backbone(vit, path)
+    assert all(x.equal(small(3).state_dict()[name]) for name, x in vit.state_dict().items())
+
+
+BAD = {"empty": b"", "page": b"<!DOCTYPE html><html></html>\n", "zeros": bytes(9999),
+       "git lfs": b"version https://git-lfs.github.com/spec/v1\n", "cut": b"PK\x03\x04" + bytes(99),
+       "resnet": {"conv1.weight": noise(3)}, "tensor": noise(3), "list": [noise(3)],
+       "numbers for names": {0: noise(3)}, "empty teacher": {"teacher": {}},
+       "missing": "nowhere.pt", "folder": ""}  # these two are paths
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_damaged_and_alien_files_are_one_error_that_names_the_path(content, tmp_path):
+    path = tmp_path / content if isinstance(content, str) else written(tmp_path, content)
+    with pytest.raises(ValueError, match="no such file|no checkpoint|no ViT backbone") as caught:
+        load_backbone(small(3), path)
+    assert str(path) in str(caught.value) and "holds code" not in str(caught.value)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_not_run(zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"args": Code()}, "weights.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="weights.pt .*it holds code"):
+        load_backbone(small(3), "weights.pt")
+    assert not os.path.exists("it ran")
+    torch.load("weights.pt", weights_only=False)  # and it would have run
+    assert os.path.exists("it ran")
+
+
+@pytest.mark.parametrize("file, width, right, wrong, config", [
+    ("dino", 384, 6, 12, (192, 8)), ("mae", 768, 12, 16, (192, 8)),  # config of another width
+    ("moco v3", 384, 12, 6, (192, 8)), ("dino", 384, 8, 6, (384, 8)),
+    ("ours", 384, 12, 8, (384, 8))])  # our file says its heads itself
+def test_another_number_of_heads_is_refused(file, width, right, wrong, config, tmp_path):
+    fitting, vit = (VisionTransformer(16, 8, width, 1, heads) for heads in (right, wrong))
+    weights, before = fitting.state_dict(), vit.cls_token.clone()
+    path = written(tmp_path, {
+        "dino": {"teacher": weights}, "mae": {"model": weights},
+        "moco v3": {"state_dict": prefixed("module.base_encoder.", weights)},
+        "ours": {"args": {"arch": "vit_small_12heads"}, "student": weights}}[file])
+    config = dict(zip(("hidden_size", "num_attention_heads"), config))
+    (tmp_path / "config.json").write_text(json.dumps(config))  # Hugging Face's, beside the file
+    with pytest.raises(ValueError, match=f"{right} attention heads, not {wrong}: .* with {right}"):
+        load_backbone(vit, path)
+    assert vit.cls_token.equal(before) and load_backbone(fitting, path)
+    assert load_backbone(vit, path, num_heads=wrong).cls_token.equal(weights["cls_token"])
+
+
+TINY = dict(arch="vit_tiny", image_size=24, patch_size=8)
+
+
+def network(arch="vit_tiny"):
+    return randomized(ARCHS[arch](image_size=24, patch_size=8), std=0.1)
+
+
+@pytest.mark.parametrize("content, arch, options", [
+    ({"args": TINY | {"lr": 0.1}}, None, TINY | {"lr": 0.1}),  # ours says it all
+    ({"args": argparse.Namespace(arch="?")}, "vit_tiny", TINY)])  # sizes from the weights
+def test_open_backbone_builds_the_network_of_a_file(content, arch, options, tmp_path):
+    path = written(tmp_path, content | {"teacher": prefixed("backbone.", network().state_dict())})
+    vit, found = open_backbone(path, arch)
+    assert found == options and vit.pos_embed.equal(network().pos_embed)
+
+
+@pytest.mark.parametrize("args, arch, lacking, message", [
+    (TINY, "vit_small", "", "--arch vit_small contradicts .*vit_tiny"),
+    (None, None, "", "add --arch, one of vit_micro, .*vit_base"),
+    (None, "vit_small", "", r"cls_token is \(1, 1, 192\), not \(1, 1, 384\)"),
+    (None, "vit_tiny", "pos_embed", "pos_embed"),
+    (None, "vit_tiny", "patch_embed.proj.weight", "patch_embed.proj.weight")])
+def test_a_file_without_a_fitting_arch_or_sizes_is_refused(args, arch, lacking, message, tmp_path):
+    weights = without(network().state_dict(), lacking)
+    with pytest.raises(ValueError, match=message):
+        open_backbone(written(tmp_path, {"args": args, "model": weights}), arch)
+
+
+def export(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, words)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, monkeypatch, capsys):
+    vit, images = network(), noise(2, 3, 24, 24)
+    path = written(tmp_path, {"args": TINY, "student": vit.state_dict()})
+    export(monkeypatch, "--checkpoint", path, "--export", tmp_path / "out.pt")
+    weights = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert weights.keys() == without(vit.state_dict(), "mask_token").keys()
+    recipe = capsys.readouterr().out.split("in timm:\n")[1]
+    scope = {"timm": pytest.importorskip("timm"), "torch": torch}
+    exec(recipe, scope)
+    assert_close(scope["vit"].eval().forward_features(images), vit(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arch, out, message", [
+    ("vit_tiny", "weights.pt", "is the --checkpoint itself"),
+    ("vit_tiny", "no/out.pt", "--export .*out.pt cannot be written"),
+    ("vit_micro", "out.pt", "conv stem .*export vit_tiny")])
+def test_an_impossible_export_is_one_line(arch, out, message, tmp_path, monkeypatch, capsys):
+    weights = network(arch).state_dict()
+    path = written(tmp_path, {"args": TINY | {"arch": arch}, "student": weights})
+    with pytest.raises(SystemExit, match="2"):
+        export(monkeypatch, "--checkpoint", path, "--export", tmp_path / out)
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(message, line) and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Options of a run on a few images, and its state after one step."""
+    root, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("run")
+    options = ("--data", "folder", "--data-path", write_textures(root, 16, 8, classes=2),
+               "--batch-size", 16, "--device", "cpu", "--workers", 0)
+    assert call(*options, "--max-steps", 1, "--out-dir", out) == 0
+    return options, torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("message, spoil", [
+    ("is no checkpoint", lambda s: b"PK\x03\x04" + bytes(99)),
+    ("it holds code", lambda s: s | {"args": Code()}),
+    ("is no checkpoint of train.py", lambda s: s["student"]),
+    ("is no checkpoint of train.py", lambda s: s | {"step": -1}),
+    ("norm.bias", lambda s: s | {"student": without(s["student"], "backbone.norm.bias")}),
+    ("exp_avg is (3,), not", lambda s: s | {"optimizer": {"state": {0: {"exp_avg": noise(3)}}}})])
+def test_resume_refuses_a_hostile_state_and_keeps_it(message, spoil, run, tmp_path, capsys):
+    options, state = run
+    for name in ("checkpoint.pt", "previous.pt"):
+        written(tmp_path, spoil(state), name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for resume in ("auto", tmp_path / "checkpoint.pt"):
+        with pytest.raises(SystemExit, match="2"):
+            call(*options, "--max-steps", 2, "--out-dir", tmp_path, "--resume", resume)
+        [line] = capsys.readouterr().err.splitlines()
+        assert "checkpoint.pt" in line and message in line and len(line) <= 1000
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
