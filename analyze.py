@@ -31,13 +31,14 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import FREE
-from data import (FACTORS, MEAN, STD, eval_batches, fold, load_data, normalize, textures,
-                  train_batches, unit)
+from data import (FACTORS, MEAN, STD, eval_batches, load_data, normalize, textures, train_batches,
+                  unit)
 from launch import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
 from model import ARCHS, open_backbone, pool_tokens, read_file
 from objectives import OBJECTIVES, System, parse_loss
+from randomness import fold
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts

@@ -41,7 +41,7 @@ from torch import nn
 
 import train
 from data import (COLOUR_DRAWS, MEAN, STD, collate, colour, coloured, cut, textures, train_batches,
-                  uniform, unit)
+                  unit)
 from eval_knn import knn_scores
 from eval_linear import Heads
 from launch import Parser, positive
@@ -49,6 +49,7 @@ from losses import rkd_angle_loss, rkd_distance_loss
 from masking import block_mask, random_mask
 from model import ARCHS, VisionTransformer, ema_update
 from objectives import System, gather
+from randomness import uniform
 
 
 # ---- relations -----------------------------------------------------------------------------------

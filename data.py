@@ -30,6 +30,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
+from randomness import uniform
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing to lock files with
@@ -39,30 +41,6 @@ except ImportError:  # Windows: nothing to lock files with
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used for every set
-
-
-# ---- randomness as a function ------------------------------------------------------------------
-
-def mix(x):
-    """One round of a 32-bit hash (xorshift-multiply) in int64: factors < 2³¹ cannot overflow."""
-    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    return x ^ (x >> 15)
-
-
-def fold(*keys):
-    """Hash ints, or int64 tensors, into one number (or tensor of numbers) below 2³²."""
-    state = 0
-    for key in keys:
-        state = mix((state + (key & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
-    return state
-
-
-def uniform(count, *keys):
-    """`count` numbers in [0, 1) per entry of the keys, ints and int64 tensors (B,): (B, count)."""
-    state = torch.as_tensor(fold(*keys)).view(-1, 1)
-    slots = torch.arange(1, count + 1, device=state.device)
-    return (mix(mix((state + 0x9E3779B9 * slots) & 0xFFFFFFFF)) >> 8).float() / 2**24
 
 
 # ---- sets of images ----------------------------------------------------------------------------

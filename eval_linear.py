@@ -21,9 +21,10 @@ import math
 import torch
 from tqdm import tqdm
 
-from data import fold, train_batches
+from data import train_batches
 from eval_knn import evaluation_options, features_of, held_out, percent, report, start
 from launch import everywhere, leave_by, natural, number, positive
+from randomness import fold
 
 
 class Heads:

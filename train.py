@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import analyze
 from checkpoint import Log, open_folder, resume, rounded, save_run, warn
-from data import DATASETS, UnreadableImages, fold, load_data, train_batches
+from data import DATASETS, UnreadableImages, load_data, train_batches
 from eval_knn import extract_features, knn_top1
 from launch import (Parser, Watch, first_problem, join_processes, largest, leave_by, natural,
                     number, pick_device, positive, whole)
@@ -39,6 +39,7 @@ from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update, write_file
 from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, check, defaults, least_images,
                         parse_loss)
+from randomness import fold
 
 
 def options():

@@ -11,15 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("*.py"))
 MAY_IMPORT = {  # in the order of reading: a file imports only files above it
-    "losses": "", "masking": "", "model": "", "data": "",
+    "losses": "", "masking": "", "model": "", "randomness": "",
+    "data": "randomness",
     "launch": "model",
     "checkpoint": "model",
-    "objectives": "losses model data",
+    "objectives": "losses model randomness",
     "eval_knn": "model data launch",
-    "eval_linear": "data launch eval_knn",
-    "analyze": "losses masking model data launch checkpoint objectives",
-    "train": "losses masking model data launch checkpoint objectives eval_knn analyze",
-    "bench": "losses masking model data launch objectives eval_knn eval_linear train"}
+    "eval_linear": "data randomness launch eval_knn",
+    "analyze": "losses masking model randomness data launch checkpoint objectives",
+    "train": "losses masking model randomness data launch checkpoint objectives eval_knn analyze",
+    "bench": "losses masking model randomness data launch objectives eval_knn eval_linear train"}
 README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from data import uniform
+from randomness import uniform
 
 
 def correlation(a, b):
