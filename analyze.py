@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import FREE
-from data import (FACTORS, MEAN, STD, eval_batches, load_data, normalize, textures, train_batches,
-                  unit)
+from data import MEAN, STD, eval_batches, load_data, normalize, train_batches, unit
 from launch import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
 from model import ARCHS, open_backbone, pool_tokens, read_file
 from objectives import OBJECTIVES, System, parse_loss
 from randomness import fold
+from textures import FACTORS, textures
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
@@ -574,8 +574,8 @@ def factors(networks, options):
 
     Factors as in `readable`; the ridge is chosen on a held-out part.
     """
-    data, drawn = textures(4000, 2, networks[0].size)
-    x = normalize(unit(data.images))
+    images, _, drawn = textures(4000, 2, networks[0].size)
+    x = normalize(unit(images))
     parts = torch.arange(4000).split([2700, 300, 1000])
     columns = readable(drawn)
     targets = torch.cat([*columns.values()], 1)

@@ -40,7 +40,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
 import train
-from data import (COLOUR_DRAWS, MEAN, STD, collate, colour, coloured, cut, textures, train_batches,
+from data import (COLOUR_DRAWS, MEAN, STD, Images, collate, colour, coloured, cut, train_batches,
                   unit)
 from eval_knn import knn_scores
 from eval_linear import Heads
@@ -50,6 +50,7 @@ from masking import block_mask, random_mask
 from model import ARCHS, VisionTransformer, ema_update
 from objectives import System, gather
 from randomness import uniform
+from textures import TEXTURES, textures
 
 
 # ---- relations -----------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def step(loss, arch, device, batch):
 def fresh_views(device, batch):
     """A step of `rkd` on images of 32 px in memory: the same views again, or new ones each time."""
     system, _, mask = training_system("rkd", "vit_mini", device, batch, 32, **{"patch-size": 4})
-    data, parameters = textures(2000, 0)[0], list(system.student.parameters())
+    data, parameters = Images(*textures(2000, 0)[:2], TEXTURES), list(system.student.parameters())
     orders = ((0, torch.randperm(len(data))[:batch]) for _ in itertools.count())
     batches = train_batches(data, orders, [(32, (0.4, 1.0))] * 2, 0, torch.device(device),
                             weak=False, jitter=0.4, hue=0.1)

@@ -12,13 +12,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # found by the line above
-from data import textures
+from textures import textures
 
 
 def drawn(count, seed=0, size=32):
     """Built-in images: uint8 (N, 3, S, S), labels (N,), factors (N, 9)."""
-    data, factors = textures(count, seed, size)
-    return data.images, data.labels, factors
+    return textures(count, seed, size)
 
 
 def write_textures(root, train, val, classes=5):

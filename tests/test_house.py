@@ -12,15 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("*.py"))
 MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "losses": "", "masking": "", "model": "", "randomness": "",
-    "data": "randomness",
+    "textures": "randomness",
+    "data": "randomness textures",
     "launch": "model",
     "checkpoint": "model",
     "objectives": "losses model randomness",
     "eval_knn": "model data launch",
     "eval_linear": "data randomness launch eval_knn",
-    "analyze": "losses masking model randomness data launch checkpoint objectives",
+    "analyze": "losses masking model randomness textures data launch checkpoint objectives",
     "train": "losses masking model randomness data launch checkpoint objectives eval_knn analyze",
-    "bench": "losses masking model randomness data launch objectives eval_knn eval_linear train"}
+    "bench": "losses masking model randomness textures data launch objectives eval_knn eval_linear train"}
 README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from conftest import drawn
-from data import FACTORS
-from data import hsv_to_rgb
 from data import load_data
+from textures import FACTORS
+from textures import hsv_to_rgb
 
 
 def test_textures_depend_on_the_seed_alone():
