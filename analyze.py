@@ -35,10 +35,11 @@ from data import MEAN, STD, eval_batches, load_data, normalize, train_batches, u
 from launch import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
-from model import ARCHS, open_backbone, pool_tokens, read_file
+from model import ARCHS, pool_tokens
 from objectives import OBJECTIVES, System, parse_loss
 from randomness import fold
 from textures import FACTORS, textures
+from weights import open_backbone, read_file
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts

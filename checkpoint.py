@@ -22,7 +22,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from model import listed, misfits, one_line, read_file, write_file
+from weights import listed, misfits, one_line, read_file, write_file
+
 
 
 def warn(text):

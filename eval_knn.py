@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from data import DATASETS, eval_batches, load_data
 from launch import (Parser, Watch, everywhere, first_problem, join_processes, leave_by, number,
                     pick_device, positive, whole)
-from model import ARCHS, POOLS, open_backbone, pool_tokens, write_file
+from model import ARCHS, POOLS, pool_tokens
+from weights import open_backbone, write_file
 
 
 def features_of(vit, images, pool):

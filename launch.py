@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from model import one_line
+from weights import one_line
+
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ from torch import nn
 from losses import (average, byol_loss, cka_loss, cosines, dino_loss, feature_loss, info_nce_loss,
                     masked_patch_loss, masked_token_loss, move_center, nt_xent_loss, pixel_loss,
                     pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss, standardize)
-from model import (ARCHS, Decoder, PrototypeHead, listed, misfits, mlp_head, open_backbone,
-                   patchify, pool_tokens)
+from model import ARCHS, Decoder, PrototypeHead, mlp_head, patchify, pool_tokens
 from randomness import fold
+from weights import listed, misfits, open_backbone
 
 
 # ---- over processes ----------------------------------------------------------------------------

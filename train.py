@@ -36,10 +36,11 @@ from launch import (Parser, Watch, first_problem, join_processes, largest, leave
                     number, pick_device, positive, whole)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
-from model import ARCHS, POOLS, ema_update, write_file
+from model import ARCHS, POOLS, ema_update
 from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, check, defaults, least_images,
                         parse_loss)
 from randomness import fold
+from weights import write_file
 
 
 def options():

@@ -18,7 +18,7 @@ from conftest import call, drawn, write_textures
 from data import Images, load_data, normalize
 from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1, whitening
 from model import ARCHS
-from model import open_backbone
+from weights import open_backbone
 
 
 def cloud(*shape, seed=0):

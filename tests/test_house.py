@@ -14,13 +14,14 @@ MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "losses": "", "masking": "", "model": "", "randomness": "",
     "textures": "randomness",
     "data": "randomness textures",
-    "launch": "model",
-    "checkpoint": "model",
-    "objectives": "losses model randomness",
-    "eval_knn": "model data launch",
+    "weights": "model",
+    "launch": "weights",
+    "checkpoint": "weights",
+    "objectives": "losses model randomness weights",
+    "eval_knn": "model data weights launch",
     "eval_linear": "data randomness launch eval_knn",
-    "analyze": "losses masking model randomness textures data launch checkpoint objectives",
-    "train": "losses masking model randomness data launch checkpoint objectives eval_knn analyze",
+    "analyze": "losses masking model randomness textures data weights launch checkpoint objectives",
+    "train": "losses masking model randomness data weights launch checkpoint objectives eval_knn analyze",
     "bench": "losses masking model randomness textures data launch objectives eval_knn eval_linear train"}
 README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}

@@ -17,7 +17,7 @@ from conftest import write_textures
 from model import ARCHS
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORT = "model"  # the script with --export
+EXPORT = "weights"  # the script with --export
 EVALUATE = "--checkpoint {run}/checkpoint.pt --data-path {data} --device cpu --workers 0 "
 BASE = {  # options in front of those of the table
     "train": "--data folder --data-path {data} --batch-size 16 --device cpu --workers 0 "

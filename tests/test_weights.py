@@ -16,10 +16,10 @@ from torch.testing import assert_close
 
 from conftest import call, write_textures
 from model import ARCHS, VisionTransformer
-from model import load_backbone, open_backbone
+from weights import load_backbone, open_backbone
 from test_model import D, noise, randomized, small
 
-SCRIPT = Path(__file__).resolve().parent.parent / "model.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "weights.py"
 
 
 def prefixed(prefix, weights):
