@@ -20,8 +20,10 @@ them, D width, K prototypes or tokens. Masks: masking.py. Formulas: losses.py.
 import copy
 import itertools
 import math
+import tomllib
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -740,53 +742,6 @@ class System(nn.Module):
 
 # ---- published recipes -------------------------------------------------------------------------
 
-IMAGENET = dict(data="folder", image_size=224, patch_size=16, pool="cls", workers=10)
-COLOURS = dict(jitter=0.4, hue=0.1, grey=0.2, blur=[1.0, 0.1], solarize=[0.0, 0.2])  # BYOL's
-FLIP = dict(jitter=0.0, hue=0.0, grey=0.0, blur=[0.0, 0.0], solarize=[0.0, 0.0])
-PIXELS = IMAGENET | FLIP | dict(global_crops=1, arch="vit_base")
-
-MOCO = IMAGENET | COLOURS | dict(
-    arch="vit_small_12heads", epochs=300.0, batch_size=1024, lr=1.5e-4 * 1024 / 256,
-    warmup=40 / 300, weight_decay=[0.1, 0.1], beta2=0.999, clip_grad=0.0,
-    freeze_patch_embed=True, fixed_pos=True, crop_scale=[0.08, 1.0])
-
-# --recipe NAME: hyper-parameters as published, lr for the whole batch; warm-ups are shares of the
-# run. Sources: the official repositories' commands and defaults; tests/test_recipes.py names each.
-RECIPES = {
-    "dino-vits16-100ep": IMAGENET | COLOURS | dict(
-        loss="dino", arch="vit_small", epochs=100.0, batch_size=512, lr=5e-4 * 512 / 256,
-        min_lr=1e-6, warmup=10 / 100, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
-        clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.04],
-        prototypes=65536, projection=256, head_hidden=2048, head_batchnorm=False,
-        freeze_last_layer=1 / 100, drop_path=0.1, crop_scale=[0.4, 1.0], local_crops=8),
-    "ibot-vits16-800ep": IMAGENET | COLOURS | dict(
-        loss="ibot", arch="vit_small", epochs=800.0, batch_size=1024, lr=5e-4 * 1024 / 256,
-        min_lr=1e-6, warmup=10 / 800, weight_decay=[0.04, 0.4], beta2=0.999, clip_grad=3.0,
-        clip_each=True, momentum=0.996, temperature=0.1, teacher_temperature=[0.04, 0.07],
-        teacher_warmup=30 / 800, prototypes=8192, projection=256, head_hidden=2048,
-        head_batchnorm=False, freeze_last_layer=1 / 800, drop_path=0.1, crop_scale=[0.25, 1.0],
-        local_crops=10, mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5),
-    "moco-vits16-300ep": MOCO | dict(
-        loss="moco", momentum=0.99, temperature=0.2, projection=256, head_hidden=4096),
-    # published for ResNet-50 with LARS: their losses, heads and views, in MoCo v3's frame
-    "simclr-vits16-300ep": MOCO | dict(
-        loss="simclr", temperature=0.1, projection=128, head_hidden=2048, jitter=0.8, hue=0.2,
-        blur=[0.5, 0.5], solarize=[0.0, 0.0]),
-    "byol-vits16-300ep": MOCO | dict(loss="byol", momentum=0.996, projection=256, head_hidden=4096),
-    "mae-vitb16-800ep": PIXELS | dict(
-        loss="mae", epochs=800.0, batch_size=4096, lr=1.5e-4 * 4096 / 256, warmup=40 / 800,
-        weight_decay=[0.05, 0.05], beta2=0.95, clip_grad=0.0, fixed_pos=True, mask="random",
-        mask_ratio=0.75, decoder=[512, 8], crop_scale=[0.2, 1.0]),
-    "simmim-vitb16-800ep": PIXELS | dict(
-        loss="simmim", epochs=800.0, batch_size=2048, lr=1e-4 * 2048 / 512, warmup=10 / 800,
-        weight_decay=[0.05, 0.05], beta2=0.999, clip_grad=5.0, drop_path=0.1, mask="random",
-        mask_ratio=0.6, mask_unit=2, crop_scale=[0.67, 1.0]),
-    "beit-vitb16-800ep": PIXELS | dict(
-        loss="beit", epochs=800.0, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup=10 / 800,
-        weight_decay=[0.05, 0.05], beta2=0.999, clip_grad=3.0, drop_path=0.1, prototypes=8192,
-        mask="block", mask_ratio=75 / 196, jitter=0.4, crop_scale=[0.08, 1.0]),
-    "dbot-vitb16-1600ep": PIXELS | dict(
-        loss="dbot", epochs=1600.0, stages=2, batch_size=4096, lr=1.5e-4 * 4096 / 256,
-        warmup=40 / 800, weight_decay=[0.05, 0.05], beta2=0.95, clip_grad=3.0, drop_path=0.2,
-        fixed_pos=True, mask="random", mask_ratio=0.75, decoder=[512, 8], crop_scale=[0.2, 1.0]),
-}
+# --recipe NAME: recipes/NAME.toml, options as published; the source of each value is beside it
+RECIPES = {path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
+           for path in sorted(Path(__file__).parent.glob("recipes/*.toml"))}
