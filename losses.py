@@ -24,8 +24,6 @@ Letters: N points, D width, B images, K prototypes, M hidden patches, P values i
 leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True = hidden.
 Left out: sampling of triplets (the mean below is exact), L2 normalisation (the caller's choice).
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -71,7 +69,6 @@ def rkd_distance_loss(student, teacher, power=1.0):
     all are equal: the control that asks a student to spread its points, and knows no teacher.
     """
     check_points(student, teacher, 2)
-    check_memory(student, 38)
     N = student.shape[-2]
 
     def over_mean(distances):
@@ -95,10 +92,9 @@ def rkd_angle_loss(student, teacher, vertices=None):
     zero by construction: times N² / ((N-1)(N-2)) gives ours. A side of length zero counts as cosine
     0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
     `vertices`, a slice: only the triplets with such a vertex j; the mean over equal parts is the
-    whole, so that processes can share the work. N < 3, or more than fits, raises ValueError.
+    whole, so that processes can share the work. N < 3 raises ValueError.
     """
     check_points(student, teacher, 3)
-    check_memory(student, 52)
 
     def squares(x):  # (sets, N, N), largest 1: angles do not see scale
         x = squared_distance(x)
@@ -378,27 +374,6 @@ def check_points(student, teacher, least, sets=True):
     if student.shape[-2] < least:
         raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
                          "use a larger batch")
-
-
-def check_memory(x, per_pair):
-    """Refuse points (..., N, D) whose pairs, at so many bytes each, this device can never hold."""
-    N, sets = x.shape[-2], math.prod(x.shape[:-2])
-    needed, there = per_pair * sets * N * N, math.inf
-    if needed < 2**30 or torch.compiler.is_compiling():  # do not even ask
-        return
-    if x.device.type == "cuda":
-        there = torch.cuda.get_device_properties(x.device).total_memory
-    else:
-        try:
-            with open("/proc/meminfo") as file:  # Linux
-                there = 1024 * int(file.readline().split()[1])
-        except (OSError, ValueError):
-            return
-    if needed > there:
-        raise ValueError(
-            f"{sets} x " * (sets > 1) + f"{N} points: the matrices of their pairs need "
-            f"{needed / 2**30:.1f} GiB and {x.device} has {there / 2**30:.1f}: take fewer anchors "
-            "(a part of the batch), or distances only (--angle-weight 0)")
 
 
 def check_pairs(a, b, least):
