@@ -30,9 +30,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from checkpoint import FREE
 from data import MEAN, STD, eval_batches, load_data, normalize, train_batches, unit
-from launch import Parser
+from eval_knn import Parser
 from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
 from masking import MASKS
 from model import ARCHS, pool_tokens
@@ -44,9 +43,11 @@ from weights import open_backbone, read_file
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 WHOLE = ["rkd", "ibot"]  # drawn by their parts
 STYLES = ["-", "--", ":", "-."]
-NOT_THE_SYSTEM = {*FREE, "seed"} - {"max_steps"}
+# options that do not make another system
+NOT_THE_SYSTEM = set("recipe data_path workers device compile out_dir resume save_every log_every "
+                     "eval_every timeout seed predictor".split())
 OF_RKD = {*"distance_weight distance_power angle_weight pull_weight patch_weight head "
-           "predictor".split()}
+           }
 NEW = dict(distance_power=1.0)  # options that logs of before do not have: how those ran
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")

@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -42,9 +41,8 @@ from torch import nn
 import train
 from data import (COLOUR_DRAWS, MEAN, STD, Images, collate, colour, coloured, cut, train_batches,
                   unit)
-from eval_knn import knn_scores
+from eval_knn import Parser, knn_scores, whole
 from eval_linear import Heads
-from launch import Parser, positive
 from losses import rkd_angle_loss, rkd_distance_loss
 from masking import block_mask, random_mask
 from model import ARCHS, VisionTransformer, ema_update
@@ -158,9 +156,8 @@ def training_system(loss, arch, device, batch, size=224, **options):
     random_numbers = torch.Generator().manual_seed(0)
     views = [torch.randn(batch, 3, size, size, generator=random_numbers).to(device)
              for _ in range(args.global_crops)]
-    run = SimpleNamespace(args=args, system=system, rank=0, world=1, device=torch.device(device))
     args.batch_size, args.grad_accum = batch, 1
-    return system, views, train.draw_masks(run, 0, 0, views)
+    return system, views, train.draw_masks(args, system, 0, 0, views)
 
 
 def step(loss, arch, device, batch):
@@ -694,12 +691,12 @@ def main():
     add("--images", help="folder of JPEGs for the views; default: noise of ImageNet's median size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
         help="where to run")
-    add("--threads", type=positive, default=1, help="of a CPU")
+    add("--threads", type=whole(1), default=1, help="of a CPU")
     add("--scale", metavar="PNG", help="draw the cost as things grow, instead of the table")
     add("--loss", default="rkd", help="train: what to learn by")
     add("--arch", default="vit_small", choices=ARCHS, help="train: the ViT")
-    add("--image-size", type=positive, default=224, help="train: side in pixels")
-    add("--batch-size", type=positive, default=256, help="train: images a step")
+    add("--image-size", type=whole(1), default=224, help="train: side in pixels")
+    add("--batch-size", type=whole(1), default=256, help="train: images a step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -13,11 +13,9 @@ et al. 2020, arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733
 Left out: the random order of the four jitters (here brightness, contrast, saturation, hue).
 Letters: B images, S side of a view in pixels.
 """
-import contextlib
 import itertools
 import math
 import os
-import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +30,6 @@ from PIL import Image, ImageOps
 
 from randomness import uniform
 from textures import TEXTURES, textures
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing to lock files with
-    fcntl = None
 
 # PIL refuses more than 179 million pixels; it need not warn of half as many
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -54,9 +47,6 @@ class Images:
 
     def __len__(self):
         return len(self.labels)
-
-    def share(self):
-        pass  # all is read, and the broken left out
 
 
 class UnreadableImages(ValueError):
@@ -105,13 +95,11 @@ class Folder(torch.utils.data.Dataset):
         raise UnreadableImages("no image of this set can be read")
 
     def report(self, indices):
-        """Name files found unreadable, once; stop when they are more than a tenth of the set."""
+        """Name files found unreadable, once per process; stop above a tenth of the set."""
         for index in sorted(set(indices) - self.unreadable):
-            if int(os.environ.get("RANK", 0)) == 0:  # of many processes one speaks, after `share`
-                print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
+            print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
         self.unreadable.update(indices)
-        if not dist.is_initialized():
-            self.refuse(self.unreadable, len(self))
+        self.refuse(self.unreadable, len(self))
 
     def refuse(self, bad, looked_at):
         if len(bad) > 0.1 * looked_at:
@@ -119,14 +107,6 @@ class Folder(torch.utils.data.Dataset):
             raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
                                    f"10 %: {', '.join(names)}{', ..' * (len(bad) > 10)}: repair or "
                                    "remove them")
-
-    def share(self):
-        """Bring together what the processes found unreadable: all stop, or none."""
-        if dist.is_initialized():
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, self.unreadable)
-            self.report(set().union(*found))
-            self.refuse(self.unreadable, len(self))
 
 
 def to_tensor(image):
@@ -216,43 +196,17 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
     return Images(pixels, folder.labels, folder.classes)
 
 
-@contextlib.contextmanager
-def one_at_a_time(root):
-    """Of the processes and runs that look for a set in `root`, one goes in; death lets the next."""
-    os.makedirs(root, exist_ok=True)
-    with open(os.path.join(root, ".lock"), "w") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def checked(make):
-    """`make(download=..)`: what is whole on disk (by its md5), else downloaded by one process."""
-    def there_or_downloaded(root, *args, **options):
+def downloaded(make):
+    """`make(download=False)`, once rank 0 has downloaded what is missing; torchvision checks md5."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            return make(root, *args, download=False, **options)
-        except RuntimeError:  # torchvision's: not found, or corrupted
-            with one_at_a_time(root):
-                return make(root, *args, download=True, **options)
-    return there_or_downloaded
-
-
-def imagenette(root):
-    """Train and test of Imagenette-160, unpacked beside its place and then moved: whole, or not."""
-    place, size = os.path.join(root, "imagenette2-160"), "160px"
-    if not os.path.isdir(place):
-        with one_at_a_time(root):
-            if not os.path.isdir(place):  # nobody was faster
-                part = os.path.join(root, "imagenette.part")
-                shutil.rmtree(part, ignore_errors=True)
-                torchvision.datasets.Imagenette(part, size=size, download=True)
-                os.replace(os.path.join(part, "imagenette2-160"), place)
-                shutil.rmtree(part)
-    counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
-    if counts != [9469, 3925]:
-        raise ValueError(f"{place} holds {counts[0]} and {counts[1]} images, not 9469 and 3925, so "
-                         "it is a part of Imagenette: remove it, or use --data folder for your own")
-    return read_folder(place)
+            found = make(download=False)
+        except RuntimeError:  # torchvision's: not found, or damaged
+            found = make(download=True)
+    if dist.is_initialized():
+        dist.barrier()
+        found = found if dist.get_rank() == 0 else make(download=False)
+    return found
 
 
 def from_torchvision(name, path):
@@ -260,13 +214,27 @@ def from_torchvision(name, path):
     sets, root = torchvision.datasets, path or "downloads"
     try:
         if name == "imagenette":
-            return imagenette(root)
+            place = os.path.join(root, "imagenette2-160")
+
+            def fetch(download):
+                if download:
+                    sets.Imagenette(root, size="160px", download=True)
+                elif not os.path.isdir(place):
+                    raise RuntimeError(f"{place} is not there")
+
+            downloaded(fetch)
+            counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
+            if counts != [9469, 3925]:
+                raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: it is part of "
+                                 "Imagenette; remove it, or use --data folder for your own")
+            return read_folder(place)
         if name == "stl10":
-            parts = [checked(sets.STL10)(root, part) for part in ("train+unlabeled", "test")]
+            parts = [downloaded(partial(sets.STL10, root, part))
+                     for part in ("train+unlabeled", "test")]
             return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
                            part.classes) for part in parts]
-        kind = checked(sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)
-        parts = [kind(root, train=train) for train in (True, False)]
+        kind = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
+        parts = [downloaded(partial(kind, root, train)) for train in (True, False)]
         return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
                        torch.tensor(part.targets), part.classes) for part in parts]
     except (OSError, RuntimeError) as error:

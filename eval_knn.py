@@ -13,20 +13,115 @@ the references.
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
     torchrun --nproc_per_node=8 eval_knn.py --checkpoint dino.pth --arch vit_small --data folder ..
 """
+import argparse
+import contextlib
+import faulthandler
 import hashlib
 import json
+import math
 import os
-from types import SimpleNamespace
+import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 
 from data import DATASETS, eval_batches, load_data
-from launch import (Parser, Watch, everywhere, first_problem, join_processes, leave_by, number,
-                    pick_device, positive, whole)
 from model import ARCHS, POOLS, pool_tokens
-from weights import open_backbone, write_file
+from weights import one_line, open_backbone, write_file
+
+
+# ---- how every script starts: options and processes ----------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows the header and each default; a mistake is one line and status 2."""
+
+    def __init__(self, doc):
+        class Formatter(argparse.ArgumentDefaultsHelpFormatter,
+                        argparse.RawDescriptionHelpFormatter):
+            pass
+        super().__init__(description=doc, formatter_class=Formatter)
+
+    def error(self, message):
+        rank = int(os.environ.get("RANK") or 0)
+        print(f"{self.prog}: error: {f'rank {rank}: ' * bool(rank)}{one_line(message)}",
+              file=sys.stderr)
+        sys.exit(2)
+
+    @contextlib.contextmanager
+    def one_line_errors(self):
+        """A ValueError within is a mistake of the user."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(error)
+
+
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a finite number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low} .. {high}")
+        return value
+    return number
+
+
+def whole(low, high=2**32 - 1):
+    """An argparse type: a whole number in [low, high]."""
+    return number(low, high, int)
+
+
+def start_processes(name, timeout):
+    """Join the processes of torchrun or Slurm, if any -> rank, how many, device of this one.
+
+    `auto` takes CUDA, else MPS, else the CPU. nccl connects GPUs, gloo everything else.
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        raise ValueError(f"--device {name}: there is none here; leave it out to take what is there")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK") or 0) if name == "cuda" else None)
+    if "RANK" in os.environ:
+        if name == "cuda":
+            torch.cuda.set_device(device)
+        watch(2 * timeout)  # a peer may never come
+        limit = timedelta(seconds=2 * timeout)
+        store, rank, world = next(rendezvous("env://", timeout=limit))
+        # torchrun's store outlives a restart, with the addresses of those who died in it
+        store = dist.PrefixStore(f"start{store.add(f'starts/{rank}', 1)}", store)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=limit)
+        watch(None)
+    return *ranks(), device
+
+
+def watch(seconds):
+    """End the process with a traceback of all threads unless called again in time; None: stop."""
+    faulthandler.cancel_dump_traceback_later()
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
+def ranks():
+    """(rank of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_gather(x):
+    """A plain object of every process, in order of rank, on all of them."""
+    found = [x] * ranks()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+# ---- features and votes --------------------------------------------------------------------------
+
+FEATURES = [*POOLS, "last4", "pixels"]
 
 
 def features_of(vit, images, pool):
@@ -44,27 +139,26 @@ def features_of(vit, images, pool):
 
 @torch.no_grad()
 def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0,
-                     mark=None):
+                     alive=None):
     """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
 
     Images without a label and unreadable ones are left out. Over processes, each takes a share and
-    all get the whole, in order. `mark` is called with each batch: there is progress.
+    all get the whole, in order. `alive()` is called with each batch.
     """
     indices = torch.arange(len(data)) if indices is None else indices
     indices = indices[data.labels[indices] >= 0]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     share = indices.tensor_split(world)[rank]
     features, labels, was_training = [], [], vit.training
     vit.eval()
     for images, label in eval_batches(data, share, size, torch.device(device), workers):
         features.append(features_of(vit, images, pool).float().cpu())
         labels.append(label)
-        if mark:
-            mark("evaluating")
+        if alive:
+            alive()
     vit.train(was_training)
     both = [torch.cat(x) if x else torch.zeros(0) for x in (features, labels)]
-    parts = [part for part in everywhere(both) if len(part[1])]  # a share may be empty
-    data.share()
+    parts = [part for part in all_gather(both) if len(part[1])]  # a share may be empty
     features, labels = (torch.cat(x) for x in zip(*parts)) if parts else both
     return features, labels.long()
 
@@ -125,144 +219,122 @@ def held_out(count, part=0.1, seed=0):
     return order[cut:], order[:cut]
 
 
-# ---- the command line of both evaluations -----------------------------------------------------
+# ---- the command line of both evaluations --------------------------------------------------------
 
 def evaluation_options(doc):
     parser = Parser(doc)
     add = parser.add_argument
     add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
-    add("--data", choices=DATASETS, help="default: what the checkpoint was trained on")
+    add("--data", choices=DATASETS, help="default: the set of the checkpoint")
     add("--data-path", help="folder of the data; a path in a checkpoint is never followed")
     add("--image-size", type=whole(1, 8192), help="side in pixels; default: the checkpoint's")
-    add("--pool", choices=[*POOLS, "last4", "pixels"],
-        help="feature; default: the checkpoint's, else cls")
+    add("--pool", choices=FEATURES, help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
     add("--cache", help="folder to keep the features in, for the next call")
-    add("--workers", type=whole(0, 512), default=2,
-        help="processes that decode images, for folders")
+    add("--workers", type=whole(0, 512), default=2, help="decoding processes (folders)")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
-    add("--timeout", type=number(1), default=300.0,
-        help="seconds without progress of any process, after which all end")
+    add("--timeout", type=number(1), default=300.0, help="end a job without progress: seconds")
     return parser
 
 
 def start(parser):
-    """Command line -> options, run, (features, labels) of references and of test images."""
-    args, device, problem, run = parser.parse_args(), None, None, None
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        problem = str(error)
-    try:
-        rank, world = join_processes(device, args.timeout, problem)
-        run = prepare(args, device)
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    problem = first_problem(problem)
-    if problem:
-        parser.error(problem)
-    run.rank, run.world, run.watch = rank, world, Watch(rank, world, args.timeout)
-    try:
-        return args, run, *labelled_features(run, args)
-    except ValueError as error:  # too many unreadable images
-        parser.error(error)
+    """Command line -> options, network, training set, (features, labels) of references and tests.
+
+    The options come back complete: with the set, size and pool of the checkpoint where none is
+    given, rank, world, device, and `alive`, to be called where there is progress.
+    """
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        args.rank, args.world, args.device = start_processes(args.device, args.timeout)
+        args.alive = lambda: watch(args.timeout)
+        vit, options = open_backbone(args.checkpoint, args.arch)
+        args.data = args.data or options.get("data")
+        args.pool = args.pool or options.get("pool", "cls")
+        args.image_size = args.image_size or options["image_size"]
+        if args.data not in DATASETS or args.pool not in FEATURES:
+            raise ValueError(f"{args.checkpoint} says --data {str(args.data)[:40]!r} and --pool "
+                             f"{str(args.pool)[:40]!r}: add --data, one of {', '.join(DATASETS)}, "
+                             f"and --pool, one of {', '.join(FEATURES)}")
+        vit.grid_of(args.image_size, args.image_size)  # refuses a size that patches do not divide
+        sets = load_data(args.data, args.data_path, args.image_size)
+        if sets[1] is None:
+            raise ValueError(f"--data-path {args.data_path} has no classes, or no val/ or test/ to "
+                             "measure by")
+        vit.to(args.device)
+        return args, vit, sets[0], *cached_features(args, vit, sets)
 
 
-def prepare(args, device):
-    """Options -> the network and the two sets; whatever can be wrong is found out here."""
-    vit, options = open_backbone(args.checkpoint, args.arch)
-    name = args.data or options.get("data")
-    if not name:
-        raise ValueError(f"{args.checkpoint} does not say its data: "
-                         f"add --data {'|'.join(DATASETS)}")
-    path, pool = args.data_path, args.pool or options.get("pool", "cls")
-    size = args.image_size or options["image_size"]
-    if name not in DATASETS or pool not in [*POOLS, "last4", "pixels"]:
-        raise ValueError(f"{args.checkpoint} was trained on {str(name)[:40]!r} with pool "
-                         f"{str(pool)[:40]!r}, which are not known here: add --data and --pool")
-    vit.grid_of(size, size)  # refuses a size that the patches do not divide
-    train, test = load_data(name, path, size)
-    if test is None:
-        raise ValueError(f"--data-path {path} has no classes, or no val/ or test/ to measure by")
-    key = None
+def cached_features(args, vit, sets):
+    """(features, labels) of references and of test images, kept in --cache where it is given."""
+    path, found = None, None
     if args.cache:
         try:
             os.makedirs(args.cache, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--cache {args.cache} cannot be a folder: {error}") from error
+        key = repr((args.data, args.data_path, args.image_size, args.pool)).encode()
         with open(args.checkpoint, "rb") as file:
-            key = hashlib.sha256(repr((name, path, size, pool)).encode() + file.read()).hexdigest()
-    return SimpleNamespace(vit=vit.to(device), train=train, test=test, size=size, pool=pool,
-                           device=device, key=key)
-
-
-def labelled_features(run, args):
-    """(features, labels) of references and of test images, kept in --cache where it is given."""
-    cached, found = args.cache and os.path.join(args.cache, run.key + ".pt"), None
-    if cached and os.path.exists(cached):
-        try:
-            found, unreadable = torch.load(cached, weights_only=True)
-        except Exception:  # cut short by what killed its writer
-            found = None
-    if all(everywhere(bool(found))):  # one that lacks them would wait for the others for ever
-        run.train.unreadable = set(unreadable)
+            path = os.path.join(args.cache, hashlib.sha256(key + file.read()).hexdigest() + ".pt")
+        with contextlib.suppress(Exception):  # not there, or cut short when its writer was killed
+            found, unreadable = torch.load(path, weights_only=True)
+            sets[0].unreadable = set(unreadable)
+    if all(all_gather(bool(found))):  # a process without it would wait for the others for ever
         return found
-    found = [extract_features(run.vit, data, run.size, run.pool, run.device, workers=args.workers,
-                              mark=run.watch.mark)
-             for data in (run.train, run.test)]
+    found = [extract_features(vit, data, args.image_size, args.pool, args.device,
+                              workers=args.workers, alive=args.alive) for data in sets]
     if not all(len(labels) for _, labels in found):
         raise ValueError(f"--data-path {args.data_path} has no readable labelled images in one of "
                          "its parts: check train/ and val/")
-    if cached and run.rank == 0:
-        write_file(cached, lambda file: torch.save((found, sorted(run.train.unreadable)), file))
+    if path and args.rank == 0:
+        write_file(path, lambda file: torch.save((found, sorted(sets[0].unreadable)), file))
     return found
 
 
 def report(rows, result):
-    """A table for people, then one line of JSON for programs, from the first process alone."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    for row in rows:
-        print("".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in row))
-    print(json.dumps(result), flush=True)
+    """A table for people, then one line of JSON for programs, from rank 0."""
+    watch(None)
+    if ranks()[0] == 0:
+        for row in rows:
+            print("".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in row))
+        print(json.dumps(result), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
-    add("--k", type=positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
+    add("--k", type=whole(1), nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
     add("--whiten", type=number(0, 1), default=0.0,
         help="centre, and divide each principal direction by its std to this power; 1: all alike")
-    args, run, train, test = start(parser)
+    args, _, _, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if ks != sorted(set(args.k)):
-        print(f"k is at most {len(fit)}, the references left beside the held-out tenth: took {ks}")
-    if args.whiten:
-        mean, matrix = whitening(train[0], args.whiten)
-        train, test = (((features - mean) @ matrix, labels) for features, labels in (train, test))
-    elif args.center:
-        offset = train[0].mean(0)
-        train, test = ((features - offset, labels) for features, labels in (train, test))
+        print(f"k is at most {len(fit)}, the references beside the held-out tenth: took {ks}")
+    if args.whiten or args.center:
+        mean, matrix = whitening(train[0], args.whiten) if args.whiten else (train[0].mean(0), None)
+        train, test = (((x - mean) @ matrix if args.whiten else x - mean, labels)
+                       for x, labels in (train, test))
     classes = int(max(train[1].max(), test[1].max())) + 1
 
     def accuracies(references, queries):
         """{k: percent right}; each process looks up its share of the queries."""
-        references, right = [x.to(run.device) for x in references], {k: [] for k in ks}
-        share = [x.tensor_split(run.world)[run.rank] for x in queries]
+        references, right = [x.to(args.device) for x in references], {k: [] for k in ks}
+        share = [x.tensor_split(args.world)[args.rank] for x in queries]
         for features, labels in zip(*(x.split(4096) for x in share)):
-            run.watch.mark("searching")
-            scores = knn_scores(*references, features.to(run.device), classes, ks, args.temperature)
+            args.alive()
+            scores = knn_scores(*references, features.to(args.device), classes, ks,
+                                args.temperature)
             for k, x in scores.items():
                 right[k].append(x.argmax(1).cpu() == labels)
         right = {k: torch.cat([*x, torch.zeros(0, dtype=torch.bool)]) for k, x in right.items()}
-        return {k: percent(torch.cat([part[k] for part in everywhere(right)])) for k in ks}
+        return {k: percent(torch.cat([part[k] for part in all_gather(right)])) for k in ks}
 
     chosen_by = accuracies([x[fit] for x in train], [x[choose] for x in train])
     top1 = accuracies(train, test)
-    run.watch.over = True
     best = max(ks, key=chosen_by.get)
     report([("k", "held out", "test")] + [(str(k), chosen_by[k], top1[k]) for k in ks],
            {"knn_top1": top1[best], "k": best, **{f"knn_top1_k{k}": top1[k] for k in ks},
@@ -271,4 +343,4 @@ def main():
 
 
 if __name__ == "__main__":
-    leave_by(main)
+    main()

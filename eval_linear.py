@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from data import train_batches
-from eval_knn import evaluation_options, features_of, held_out, percent, report, start
-from launch import everywhere, leave_by, natural, number, positive
-from randomness import fold
+from eval_knn import (all_gather, evaluation_options, features_of, held_out, number, percent,
+                      report, start, whole)
+from randomness import generator
 
 
 class Heads:
@@ -69,12 +69,12 @@ class Heads:
 def orders(count, batch, epochs, seed):
     """(epoch, indices) batch by batch: a permutation an epoch, its smaller last batch included."""
     for epoch in range(epochs):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(fold(seed, epoch)))
+        order = torch.randperm(count, generator=generator(seed, epoch))
         for index in order.split(batch):
             yield epoch, index
 
 
-def augmented(run, args, index_of, mean, std):
+def augmented(args, vit, data, index_of, mean, std):
     """(features, labels) of fresh crops (area .08 .. 1, as published) and flips, batch by batch.
 
     Over processes each encodes its share of a batch, and all get the whole; a last one with fewer
@@ -82,15 +82,14 @@ def augmented(run, args, index_of, mean, std):
     """
     batches, again = itertools.tee((epoch, index_of[i]) for epoch, i in orders(
         len(index_of), args.batch_size, args.epochs, args.seed))
-    shares = ((epoch, index.tensor_split(run.world)[run.rank] if len(index) >= run.world else index)
-              for epoch, index in batches)
-    loaded = train_batches(run.train, shares, [(run.size, (0.08, 1.0))], args.seed, run.device,
+    shares = ((epoch, i.tensor_split(args.world)[args.rank] if len(i) >= args.world else i)
+              for epoch, i in batches)
+    loaded = train_batches(data, shares, [(args.image_size, (0.08, 1.0))], args.seed, args.device,
                            args.workers)
-    for (_, whole), (index, (images,), _) in zip(again, loaded):
-        run.watch.mark("augmenting")
-        batch = features_of(run.vit, images, run.pool).float().cpu(), run.train.labels[index.cpu()]
-        if len(whole) >= run.world:
-            batch = [torch.cat(x) for x in zip(*everywhere(batch))]
+    for (_, everyones), (index, (images,), _) in zip(again, loaded):
+        batch = features_of(vit, images, args.pool).float().cpu(), data.labels[index.cpu()]
+        if len(everyones) >= args.world:
+            batch = [torch.cat(x) for x in zip(*all_gather(batch))]
         yield (batch[0] - mean) / std, batch[1]
 
 
@@ -101,30 +100,30 @@ def main():
     add("--lrs", type=number(1e-9), nargs="+",
         default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="learning rates, absolute, one head each")
-    add("--epochs", type=positive, default=100, help="passes over the training images")
-    add("--batch-size", type=positive, default=1024, help="images a step")
+    add("--epochs", type=whole(1), default=100, help="passes over the training images")
+    add("--batch-size", type=whole(1), default=1024, help="images per step")
     add("--augment", action="store_true",
         help="new crops and flips each epoch (the published protocol)")
-    add("--seed", type=natural, default=0, help="of the order and of the crops")
-    args, run, train, test = start(parser)
+    add("--seed", type=whole(0), default=0, help="of the order and of the crops")
+    args, vit, data, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     mean, std = train[0][fit].mean(0), train[0][fit].std(0, unbiased=False).clamp_min(1e-6)
     (x, y), (test_x, test_y) = (((features - mean) / std, labels)
                                 for features, labels in (train, test))
     if args.augment:
-        run.vit.eval()
-        labelled = (run.train.labels >= 0).nonzero().flatten()
-        labelled = labelled[~torch.isin(labelled, torch.tensor(sorted(run.train.unreadable)))]
-        batches = augmented(run, args, labelled[fit], mean, std)
+        vit.eval()
+        labelled = (data.labels >= 0).nonzero().flatten()
+        labelled = labelled[~torch.isin(labelled, torch.tensor(sorted(data.unreadable)))]
+        batches = augmented(args, vit, data, labelled[fit], mean, std)
     else:
         order = orders(len(fit), args.batch_size, args.epochs, args.seed)
         batches = ((x[fit[i]], y[fit[i]]) for _, i in order)
     heads = Heads(args.lrs, x.shape[1], int(max(y.max(), test_y.max())) + 1)
     total = args.epochs * math.ceil(len(fit) / args.batch_size)
-    bar = tqdm(batches, total=total, disable=None if run.rank == 0 else True)
+    bar = tqdm(batches, total=total, disable=None if args.rank == 0 else True)
     for step, (features, labels) in enumerate(bar):
+        args.alive()
         heads.step(features, labels, step / total)
-    run.watch.over = True  # from here each works alone
     chosen_by, top1 = heads.accuracy(x[choose], y[choose]), heads.accuracy(test_x, test_y)
     best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
     rows = [(str(lr), *both) for lr, *both in zip(args.lrs, chosen_by, top1)]
@@ -133,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    leave_by(main)
+    main()

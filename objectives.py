@@ -1,28 +1,30 @@
-"""The catalogue: ten systems and three controls as terms, each with its idea, equation and paper.
+"""The catalogue: what each system computes, as one short function with its idea and its equation.
 
-All run on the same loop, views, masks and evaluation, so that two runs differ by their terms alone,
-and any weighted sum of them is one objective (`--loss dino+0.5*rkd`). In every term
+All systems run on the same loop, views, masks and evaluation, so two runs differ by their terms
+alone, and any weighted sum of terms is one objective (`--loss dino+0.5*rkd`). In every term
 
     s_i = student(view of image i, perhaps masked)     t_i = teacher(view of image i, whole)
 
-A term is one short function of what both networks see (`Seen`): it returns its loss, and more to
-log. What stands on the backbone for it is in `parts`: heads, which student and teacher have, and
-predictors, which the student has alone. `OBJECTIVES` lists the terms with what each needs.
+A term is a function of what both networks see (`Batch`): it returns its loss, and more to log.
+Under it stands its entry in OBJECTIVES: what it needs, the heads that it puts on the networks, and
+its default options. So a new system is one place. Formulas: losses.py; masks: masking.py.
 
-    relations           rkd (this project's subject); cka, ressl, feature (its controls)
+    relations           rkd (the subject of this project); cka, ressl, feature (its controls)
     contrast            simclr, moco
     self-distillation   byol, dino, ibot
     masked prediction   ibot, beit, mae, simmim, dbot
 
-Letters: B images of this process (world·B after `gather`), N patches, V views, G global views among
-them, D width, K prototypes or tokens. Masks: masking.py. Formulas: losses.py.
+All terms differ from their papers in this: AdamW with eps 1e-6, schedules that move each step,
+Xavier initialisation, jitters in a fixed order. Other deviations are in their docstrings.
+Letters: B images of this rank (world·B after `gather`), N patches, V views, G global views among
+them, D width, K prototypes or words, M hidden patches.
 """
 import copy
 import itertools
 import math
 import tomllib
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -100,17 +102,17 @@ class Network(nn.Module):
         self.backbone = backbone
         self.heads, self.predictors = nn.ModuleDict(heads), nn.ModuleDict(predictors)
 
-    def rest_prototypes(self):
+    def freeze_prototypes(self):
         """Take the gradients of the last layers away (DINO: for the first epoch)."""
         for head in self.heads.values():
             if isinstance(head, PrototypeHead):
                 head.prototypes.grad = None
 
 
-class Seen:
+class Batch:
     """One batch as both networks see it; each thing is computed when a term first asks for it.
 
-    Lists hold one tensor a view, global views first. `progress` is the share of the run behind us.
+    Lists hold one tensor per view, global views first. `progress` is the share of the run behind us.
     """
 
     def __init__(self, system, strong, weak, mask, progress):
@@ -166,8 +168,8 @@ class Seen:
         return [heads[term](x) if term in heads else x for x in self.teacher_features]
 
     @cached_property
-    def temperature(self):
-        """The teacher's: from its start to its end in a line over `teacher_warmup` of the run."""
+    def teacher_temperature(self):
+        """From its start to its end in a line over `teacher_warmup` of the run."""
         start, end = self.args.teacher_temperature
         return start + (end - start) * min(1, self.progress / max(1e-9, self.args.teacher_warmup))
 
@@ -177,6 +179,13 @@ class Seen:
         self.state[name] = move_center(center, means.mean(0))
         return center
 
+    def pairs(self, term, everywhere=True):
+        """[(student's points, teacher's points), ..] of different views: (B, D), of all ranks."""
+        sides = self.student_points(term), self.teacher_points(term)
+        if everywhere:
+            sides = [[gather(x.float()) for x in views] for views in sides]
+        return other_views(*sides)
+
     def points(self):
         """For `panel`: points (B, D) of all processes of the student (None where there is but one
         view) and, of the other view, of the network that is kept."""
@@ -184,11 +193,6 @@ class Seen:
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
         return gather(self.features[0].detach().float()), gather(theirs[1].detach().float())
-
-
-def everywhere(views):
-    """Each view's points (B, D) of all processes, in float32."""
-    return [gather(x.float()) for x in views]
 
 
 def other_views(student, teacher):
@@ -202,38 +206,72 @@ def mean(values):
     return sum(values) / len(values)
 
 
+# ---- the table, and what heads are made of -----------------------------------------------------
+
+@dataclass
+class Term:
+    """A system: its loss, what it needs, its heads and its default options."""
+    loss: callable
+    teacher: bool = True  # it reads a teacher
+    through_head: bool = False  # .. behind a head, which a given backbone does not have
+    views: int = 2
+    least: int = 1  # images in a batch
+    hide: str = None  # how patches must be hidden, where it predicts them
+    defaults: dict = field(default_factory=dict)  # options when it runs alone
+    # (args, vit, width of a feature, width of the teacher) -> head of both networks, predictor of
+    # the student; None for nothing
+    heads: callable = lambda args, vit, width, teacher_width: (None, None)
+
+
+OBJECTIVES = {}  # name -> Term; filled below, each entry under its function
+
+UNMASKED = dict(mask_ratio=0.0)  # published without a mask
+SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features collapse
+WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to copy: MoCo v3, 16 : 1
+
+
+def batchnorm_mlp(args, width, dim, out, layers=2, last=True):
+    """A head as SimCLR, BYOL and MoCo v3 build it; `last`: a BatchNorm without scale behind it."""
+    behind = partial(BatchNorm, affine=False) if last else None
+    return mlp_head(dim, args.head_hidden or 4 * width, out, layers, BatchNorm, nn.ReLU, behind,
+                    bias=False)
+
+
+def decoder(args, vit, out):
+    return Decoder(vit.grid, vit.embed_dim, out, *args.decoder, drop_path=args.drop_path)
+
+
+def pixels(args):
+    """Values in a patch."""
+    return 3 * args.patch_size ** 2
+
+
 # ---- relations ---------------------------------------------------------------------------------
 
-def rkd(seen):
+def rkd(batch):
     """Masked relational distillation (relations: Park et al. 2019, arXiv 1904.05068).
 
     w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views, never
     from a student to a teacher. Relations are blind to any rigid motion, so nothing in them ties
     the two views of one image together; the small pull does. The angles, which cost the cube of
-    their number, are shared: each process takes those at its own images, among the points of all.
+    their number, are shared: each rank takes those at its own images, among the points of all.
+    Deviations: the teacher is a moving average and not L2-normalised; the pull is ours.
     """
-    args = seen.args
-    pairs = other_views(*map(everywhere, (seen.student_points("rkd"), seen.teacher_points("rkd"))))
-    vertices = own_rows(pairs[0][0])
+    args = batch.args
+    pairs, B = batch.pairs("rkd"), len(batch.strong[0])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    vertices = slice(rank * B, (rank + 1) * B)  # the images of this rank
     each = [relations(*pair, args, vertices) for pair in pairs]
-    parts = {name: mean(losses[name] for losses in each) for name in each[0]}
-    total = weigh(parts, args)
+    losses = {name: mean(found[name] for found in each) for name in each[0]}
+    total = weigh(losses, args)
     if args.pull_weight:
-        parts["pull"] = mean(pull_loss(*pair) for pair in pairs)
-        total = total + args.pull_weight * parts["pull"]
+        losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
+        total = total + args.pull_weight * losses["pull"]
     if args.patch_weight:
-        patches = relations(*same_patches(seen), args)
+        patches = relations(*same_patches(batch), args)
         total = total + args.patch_weight * weigh(patches, args)
-        parts |= {f"patch_{name}": loss for name, loss in patches.items()}
-
-    @cache  # both plateaus come from one computation, and only when a row is written
-    def collapsed():
-        return [relations(torch.zeros_like(s), t, args, vertices) for s, t in pairs]
-
-    def plateau(name):
-        return mean(losses[name] for losses in collapsed())
-
-    return total, parts | {f"collapsed_{name}": partial(plateau, name) for name in each[0]}
+        losses |= {f"patch_{name}": loss for name, loss in patches.items()}
+    return total, losses
 
 
 def relations(student, teacher, args, vertices=None):
@@ -246,143 +284,201 @@ def relations(student, teacher, args, vertices=None):
     return losses
 
 
-def own_rows(points):
-    """Which of the points of all processes are this one's, as a slice."""
-    if not dist.is_initialized():
-        return slice(None)
-    B = len(points) // dist.get_world_size()
-    return slice(dist.get_rank() * B, (dist.get_rank() + 1) * B)
-
-
 def weigh(losses, args):
     weights = dict(distance=args.distance_weight, angle=args.angle_weight)
     return sum(weights[name] * loss for name, loss in losses.items())
 
 
-def same_patches(seen):
+def same_patches(batch):
     """Patches of the student and the same ones of the teacher, of the same crop: (G·B, N, D)."""
-    student, teacher = seen.tokens[:, 1:], seen.teacher_tokens[:, 1:]
-    if seen.mask is not None and seen.args.hide == "drop":
-        teacher = teacher[~seen.mask].view(*student.shape[:2], -1)
+    student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
+    if batch.mask is not None and batch.args.hide == "drop":
+        teacher = teacher[~batch.mask].view(*student.shape[:2], -1)
     return student, teacher
 
 
-def cka(seen):
+def rkd_heads(args, vit, width, teacher_width):
+    if not args.head:
+        return None, None
+    if args.head_batchnorm:  # SimCLR's
+        return batchnorm_mlp(args, width, width, args.head), None
+    return mlp_head(width, args.head_hidden or 4 * width, args.head), None
+
+
+OBJECTIVES["rkd"] = Term(rkd, least=3, heads=rkd_heads)
+
+
+def cka(batch):
     """Control: one number for all relations, 1 - CKA (Kornblith et al. 2019, arXiv 1905.00414)."""
-    return mean(cka_loss(*pair) for pair in other_views(everywhere(seen.features),
-                                                        everywhere(seen.teacher_features))), {}
+    return mean(cka_loss(*pair) for pair in batch.pairs("cka")), {}
 
 
-def ressl(seen):
+OBJECTIVES["cka"] = Term(cka, least=2)
+
+
+def ressl(batch):
     """Control: relations as sharpened distributions (ReSSL: Zheng et al. 2021, arXiv 2107.09282).
 
     mean KL(softmax of the teacher's similarities / .04 || softmax of the student's / .1).
+    Deviation: the other images of the batch stand for the queue of teacher embeddings.
     """
-    temperatures = seen.args.temperature or 0.1, seen.temperature
-    pairs = other_views(*map(everywhere, (seen.features, seen.teacher_features)))
-    return mean(ressl_loss(*pair, *temperatures) for pair in pairs), {}
+    temperatures = batch.args.temperature or 0.1, batch.teacher_temperature
+    return mean(ressl_loss(*pair, *temperatures) for pair in batch.pairs("ressl")), {}
 
 
-def feature(seen):
+OBJECTIVES["ressl"] = Term(ressl, least=3)
+
+
+def feature(batch):
     """Control: the instances themselves. Smooth L1 of a linear map of s_i to t_i, normalised.
 
     FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
     """
-    pairs = other_views(seen.student_points("feature"), seen.teacher_features)
+    pairs = batch.pairs("feature", everywhere=False)
     return mean(F.smooth_l1_loss(s.float(), F.layer_norm(t.float(), t.shape[-1:]))
                 for s, t in pairs), {}
 
 
+OBJECTIVES["feature"] = Term(feature, heads=lambda args, vit, width, teacher_width: (
+    None, nn.Linear(width, teacher_width * width // vit.embed_dim)))
+
+
 # ---- contrast ----------------------------------------------------------------------------------
 
-def simclr(seen):
+def simclr(batch):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709): find the other view among all, without teacher.
 
-    NT-Xent, 2N-way, over the images of all processes; projection head.
+    NT-Xent, 2N-way, over the images of all ranks; projection head.
+    Deviations: AdamW for LARS; BatchNorm over each view by itself.
     """
-    points = everywhere(seen.student_points("simclr"))
-    loss = mean(nt_xent_loss(a, b, seen.args.temperature or 0.1)
-                for a, b in itertools.combinations(points, 2))
-    return loss, {"collapsed_simclr": math.log(2 * len(points[0]) - 1)}
+    points = [gather(x.float()) for x in batch.student_points("simclr")]
+    return mean(nt_xent_loss(a, b, batch.args.temperature or 0.1)
+                for a, b in itertools.combinations(points, 2)), {}
 
 
-def moco(seen):
+OBJECTIVES["simclr"] = Term(
+    simclr, teacher=False, least=2, defaults=UNMASKED, heads=lambda args, vit, width, _: (
+        batchnorm_mlp(args, width, width, args.projection or 128), None))
+
+
+def moco(batch):
     """MoCo v3 (Chen, Xie, He 2021, arXiv 2104.02057): find the teacher's view of the same image.
 
-    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all processes;
+    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all ranks;
     q by head and predictor. The teacher moves before the keys are made: at the end of the step
-    before, which is the same network but for the schedule's place.
+    before, which is the same but for the momentum's schedule, one step behind.
     """
-    temperature = seen.args.temperature or 0.2
-    pairs = other_views(*map(everywhere, (seen.student_points("moco"),
-                                          seen.teacher_points("moco"))))
-    loss = mean(info_nce_loss(*pair, temperature) for pair in pairs)
-    scale = 2 * 2 * temperature
-    return scale * loss, {"collapsed_moco": scale * math.log(len(pairs[0][0]))}
+    temperature = batch.args.temperature or 0.2
+    loss = mean(info_nce_loss(*pair, temperature) for pair in batch.pairs("moco"))
+    return 2 * 2 * temperature * loss, {}  # two directions
+
+
+def moco_heads(args, vit, width, teacher_width):
+    out = args.projection or 256
+    return (batchnorm_mlp(args, width, width, out, layers=3),
+            batchnorm_mlp(args, width, out, out))
+
+
+OBJECTIVES["moco"] = Term(moco, through_head=True, least=2, defaults=UNMASKED | SLOW | WIDE,
+                          heads=moco_heads)
 
 
 # ---- self-distillation -------------------------------------------------------------------------
 
-def byol(seen):
+def byol(batch):
     """BYOL (Grill et al. 2020, arXiv 2006.07733): predict the teacher's projection of another view.
 
     |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
+    Deviation: AdamW for LARS.
     """
-    pairs = other_views(seen.student_points("byol"), seen.teacher_points("byol"))
+    pairs = batch.pairs("byol", everywhere=False)
     return 2 * mean(byol_loss(*pair) for pair in pairs), {}
 
 
-def dino(seen, name="dino"):
+def byol_heads(args, vit, width, teacher_width):
+    out = args.projection or 256
+    return (batchnorm_mlp(args, width, width, out, last=False),
+            batchnorm_mlp(args, width, out, out, last=False))
+
+
+OBJECTIVES["byol"] = Term(byol, through_head=True, least=2, heads=byol_heads,
+                          defaults=UNMASKED | WIDE | dict(momentum=0.996))
+
+
+def dino(batch, name="dino"):
     """DINO (Caron et al. 2021, arXiv 2104.14294): the teacher's soft choice among K prototypes.
 
     Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature), t of the
     global views, s of every other view.
+    Deviations: the teacher temperature moves each step, not each epoch; prototypes always have
+    length 1; without a recipe, BatchNorm in the head and a teacher temperature of .02.
     """
-    student, teacher = seen.student_points(name), seen.teacher_points(name)
-    center = seen.center(name, torch.cat(teacher).float().mean(0))
-    temperatures = seen.args.temperature or 0.1, seen.temperature
-    loss = mean(dino_loss(s, t, center, *temperatures) for s, t in other_views(student, teacher))
-    return loss, {f"collapsed_{name}": math.log(len(center))}
+    student, teacher = batch.student_points(name), batch.teacher_points(name)
+    center = batch.center(name, torch.cat(teacher).float().mean(0))
+    temperatures = batch.args.temperature or 0.1, batch.teacher_temperature
+    pairs = other_views(student, teacher)
+    return mean(dino_loss(*pair, center, *temperatures) for pair in pairs), {}
 
 
-def ibot(seen):
+def prototype_heads(args, vit, width, teacher_width):
+    return PrototypeHead(width, args.head_hidden or 4 * width, args.projection or 256,
+                         args.prototypes, BatchNorm if args.head_batchnorm else None), None
+
+
+SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
+
+OBJECTIVES["dino"] = Term(dino, through_head=True, defaults=UNMASKED | SHARP, heads=prototype_heads)
+
+
+def ibot(batch):
     """iBOT (Zhou et al. 2022, arXiv 2111.07832): DINO on the image and on each hidden patch.
 
     The hidden patches' targets are the teacher's of the same view, by the same head. Prototypes are
     compared at hidden patches only; the centre of all patches comes from their mean embedding.
+    Deviations: as DINO's; masks hide exactly their share.
     """
-    image, _ = dino(seen, "ibot")
-    head, theirs = seen.student.heads["ibot"], seen.teacher.heads["ibot"]
+    image, _ = dino(batch, "ibot")
+    head, theirs = batch.student.heads["ibot"], batch.teacher.heads["ibot"]
     with torch.no_grad():
-        z = theirs.embed(seen.teacher_tokens[:, 1:])  # (G·B, N, bottleneck)
-        target = theirs.logits(z[seen.mask])  # (M, K)
-        center = seen.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
-    patch = masked_patch_loss(head(seen.tokens[:, 1:][seen.mask]), target, seen.mask, center,
-                              seen.args.temperature or 0.1, seen.temperature)
-    return image + patch, {"ibot_image": image, "ibot_patch": patch,
-                           "collapsed_ibot_image": math.log(len(center))}
+        z = theirs.embed(batch.teacher_tokens[:, 1:])  # (G·B, N, bottleneck)
+        target = theirs.logits(z[batch.mask])  # (M, K)
+        center = batch.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
+    patch = masked_patch_loss(head(batch.tokens[:, 1:][batch.mask]), target, batch.mask, center,
+                              batch.args.temperature or 0.1, batch.teacher_temperature)
+    return image + patch, {"ibot_image": image, "ibot_patch": patch}
+
+
+OBJECTIVES["ibot"] = Term(
+    ibot, through_head=True, hide="token", heads=prototype_heads, defaults=SHARP | dict(
+        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5))
 
 
 # ---- masked prediction -------------------------------------------------------------------------
 
 def per_patch(loss, mask):
-    """A mean over this process's hidden patches, weighed as its share of those of all processes."""
+    """A mean over this rank's hidden patches, weighed as their share of those of all ranks."""
     hidden = mask.sum().to(loss)
     everyone = gather(hidden.unsqueeze(0)).mean()
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
 
 
-def beit(seen):
+def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
-    Cross-entropy over K words. The words are those of `--tokenizer`, for BEiT's own is an external
-    network (DALL-E's): see `RandomWords`.
+    Cross-entropy over K words.
+    Deviations: the words are those of `--tokenizer`, for BEiT's own is an external network
+    (DALL-E's): see `RandomWords`; absolute positions, no LayerScale.
     """
-    words = seen.tokenizer(seen.globals)[seen.mask]  # (M,)
-    logits = seen.student.predictors["beit"](seen.tokens[:, 1:][seen.mask])  # (M, K)
-    loss = per_patch(masked_token_loss(logits, words, seen.mask), seen.mask)
+    words = batch.tokenizer(batch.globals)[batch.mask]  # (M,)
+    logits = batch.student.predictors["beit"](batch.tokens[:, 1:][batch.mask])  # (M, K)
+    loss = per_patch(masked_token_loss(logits, words, batch.mask), batch.mask)
     return loss, {"beit_accuracy": lambda: (logits.argmax(1) == words).sum() / max(1, len(words)),
                   "beit_commonest": lambda: words.bincount(minlength=1).max() / max(1, len(words))}
+
+
+OBJECTIVES["beit"] = Term(
+    beit, teacher=False, views=1, hide="token", defaults=dict(mask="block", mask_ratio=0.4),
+    heads=lambda args, vit, width, _: (None, nn.Linear(vit.embed_dim, args.prototypes)))
 
 
 class RandomWords(nn.Module):
@@ -413,27 +509,15 @@ class RandomWords(nn.Module):
 TOKENIZERS = dict(random=RandomWords)
 
 
-def mae(seen):
+def mae(batch):
     """MAE (He et al. 2021, arXiv 2111.06377): paint the hidden patches, from visible ones alone.
 
-    Mean squared error of a light decoder's pixels, each patch standardised.
+    Mean squared error of a light decoder's pixels, each patch standardised. Deviations: none known.
     """
-    patches = patchify(seen.globals, seen.args.patch_size).flatten(2)  # (G·B, N, 3·P·P)
-    prediction = seen.student.predictors["mae"](seen.tokens, seen.mask)[:, 1:]
-    return (pixel_loss(prediction, patches, seen.mask),
-            {"mean_patch_mae": partial(error_of_mean, standardize(patches), seen.mask, 2)})
-
-
-def simmim(seen):
-    """SimMIM (Xie et al. 2021, arXiv 2111.09886): paint the hidden patches by one linear layer.
-
-    Mean absolute error of the pixels, at mask tokens.
-    """
-    patches = patchify(seen.globals, seen.args.patch_size).flatten(2)
-    prediction = seen.student.predictors["simmim"](seen.tokens[:, 1:][seen.mask])  # (M, 3·P·P)
-    loss = pixel_loss(prediction, patches, seen.mask, normalize=False, p=1)
-    return (per_patch(loss, seen.mask),
-            {"mean_patch_simmim": partial(error_of_mean, patches, seen.mask, 1)})
+    patches = patchify(batch.globals, batch.args.patch_size).flatten(2)  # (G·B, N, 3·P·P)
+    prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
+    return (pixel_loss(prediction, patches, batch.mask),
+            {"mean_patch_mae": partial(error_of_mean, standardize(patches), batch.mask, 2)})
 
 
 def error_of_mean(patches, mask, p):
@@ -442,55 +526,48 @@ def error_of_mean(patches, mask, p):
     return average((hidden - hidden.mean(0)).abs() ** p)
 
 
-def dbot(seen):
+OBJECTIVES["mae"] = Term(
+    mae, teacher=False, views=1, hide="drop", defaults=dict(mask="random", mask_ratio=0.75),
+    heads=lambda args, vit, width, _: (None, decoder(args, vit, pixels(args))))
+
+
+def simmim(batch):
+    """SimMIM (Xie et al. 2021, arXiv 2111.09886): paint the hidden patches by one linear layer.
+
+    Mean absolute error of the pixels, at mask tokens.
+    Deviations: absolute positions, no LayerScale; a cosine schedule for a step at 7/8.
+    """
+    patches = patchify(batch.globals, batch.args.patch_size).flatten(2)
+    prediction = batch.student.predictors["simmim"](batch.tokens[:, 1:][batch.mask])  # (M, 3·P·P)
+    loss = pixel_loss(prediction, patches, batch.mask, normalize=False, p=1)
+    return (per_patch(loss, batch.mask),
+            {"mean_patch_simmim": partial(error_of_mean, patches, batch.mask, 1)})
+
+
+OBJECTIVES["simmim"] = Term(
+    simmim, teacher=False, views=1, hide="token", defaults=dict(mask="random", mask_ratio=0.6),
+    heads=lambda args, vit, width, _: (None, nn.Linear(vit.embed_dim, pixels(args))))
+
+
+def dbot(batch):
     """dBOT (Liu et al. 2022, arXiv 2209.03917): a frozen teacher's features of the hidden patches.
 
     Smooth L1 (beta 2) at hidden patches and CLS, the target standardised before the teacher's last
-    norm. After each stage the student becomes the teacher and a fresh student starts (`Stages`).
+    norm. After each stage the student becomes the teacher and a fresh student starts
+    (`System.next_stage`), with the optimizer kept, as in its code. Deviations: none known.
     """
-    target = standardize(seen.unnormed)  # (G·B, 1 + N, D)
-    prediction = seen.student.predictors["dbot"](seen.tokens, seen.mask)
-    return feature_loss(prediction, target, F.pad(seen.mask, (1, 0), value=True), beta=2.0), {}
+    target = standardize(batch.unnormed)  # (G·B, 1 + N, D)
+    prediction = batch.student.predictors["dbot"](batch.tokens, batch.mask)
+    return feature_loss(prediction, target, F.pad(batch.mask, (1, 0), value=True), beta=2.0), {}
 
 
-# ---- the terms, and what each needs ------------------------------------------------------------
-
-@dataclass
-class Term:
-    """A term's function, what it needs, and what the options are when its system runs alone."""
-    loss: callable
-    teacher: bool = True  # does it read a teacher at all
-    head: bool = False  # does it read the teacher through a head (which a given backbone lacks)
-    views: int = 2
-    least: int = 1  # images in a batch
-    hide: str = None  # how it needs patches to be hidden: it predicts them
-    own: dict = field(default_factory=dict)  # defaults
+OBJECTIVES["dbot"] = Term(
+    dbot, views=1, hide="drop",
+    defaults=dict(mask="random", mask_ratio=0.75, teacher="frozen", stages=2),
+    heads=lambda args, vit, width, teacher_width: (None, decoder(args, vit, teacher_width)))
 
 
-WHOLE = dict(mask_ratio=0.0)  # published without a mask
-SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features collapse
-WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to copy: MoCo v3, 16 : 1
-SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
-
-OBJECTIVES = dict(
-    rkd=Term(rkd, least=3),
-    cka=Term(cka, least=2),
-    ressl=Term(ressl, least=3),
-    feature=Term(feature),
-    simclr=Term(simclr, teacher=False, least=2, own=WHOLE),
-    moco=Term(moco, head=True, least=2, own=WHOLE | SLOW | WIDE),
-    byol=Term(byol, head=True, least=2, own=WHOLE | WIDE | dict(momentum=0.996)),
-    dino=Term(dino, head=True, own=WHOLE | SHARP),
-    ibot=Term(ibot, head=True, hide="token", own=SHARP | dict(
-        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5)),
-    beit=Term(beit, teacher=False, views=1, hide="token", own=dict(mask="block", mask_ratio=0.4)),
-    mae=Term(mae, teacher=False, views=1, hide="drop", own=dict(mask="random", mask_ratio=0.75)),
-    simmim=Term(simmim, teacher=False, views=1, hide="token",
-                own=dict(mask="random", mask_ratio=0.6)),
-    dbot=Term(dbot, views=1, hide="drop", own=dict(
-        mask="random", mask_ratio=0.75, teacher="frozen", stages=2)),
-)
-
+# ---- sums --------------------------------------------------------------------------------------
 
 def parse_loss(text):
     """`dino+0.5*rkd` -> {"dino": 1.0, "rkd": 0.5}; ValueError names what is wrong."""
@@ -525,130 +602,28 @@ def defaults(loss):
             f"{name} needs --hide {term.hide}" for name, term in masked.items())
             + "; one student cannot do both: leave one out")
     chosen = [*masked.values()] or [*terms.values()][:1]
-    own = {}
+    found = {}
     for term in chosen:
-        for name, value in term.own.items():
-            own[name] = value if own.get(name, value) == value else None
-    return own | {"hide": way for way in ways}
-
-
-def check(args):
-    """Refuse what cannot be asked of a student, before anything is built; ValueError names it."""
-    terms = {name: OBJECTIVES[name] for name in parse_loss(args.loss)}
-    masked = [name for name, term in terms.items() if term.hide]
-    taught = [name for name, term in terms.items() if term.teacher]
-    for name in ("mask", "mask_ratio", "mask_spread", "mask_probability", "teacher", "stages"):
-        if getattr(args, name) is None:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"--loss {args.loss}: {' and '.join(masked)} have different defaults "
-                             f"of {option}: choose one with {option}")
-    for name in masked:
-        if not args.mask_ratio:
-            raise ValueError(f"--mask-ratio 0 hides nothing and {name} predicts what is hidden: "
-                             f"set it above 0, as {OBJECTIVES[name].own['mask_ratio']}")
-        if args.hide != OBJECTIVES[name].hide:
-            raise ValueError(f"--hide {args.hide} does not fit {name}: it needs --hide "
-                             f"{OBJECTIVES[name].hide}")
-    uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
-    if uneven and args.hide == "drop":
-        raise ValueError("--mask-spread and --mask-probability hide more in one image than in "
-                         "another, and dropping needs as many in each: --hide token, or leave them")
-    if args.mask_unit > 1 and args.mask != "random":
-        raise ValueError(f"--mask-unit {args.mask_unit} is of --mask random, not {args.mask}: "
-                         "leave one out")
-    if not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread:
-        raise ValueError(f"--mask-spread {args.mask_spread} around --mask-ratio {args.mask_ratio} "
-                         "leaves 0 .. 1: lower it")
-    for name, term in terms.items():
-        if args.global_crops < term.views:
-            raise ValueError(f"--global-crops {args.global_crops}: {name} compares {term.views} "
-                             f"views of an image: set it to {term.views}")
-        if args.teacher_checkpoint and term.head:
-            raise ValueError(f"--teacher-checkpoint is a backbone and {name} asks the teacher's "
-                             "head: take rkd, cka, ressl, feature or dbot, or --teacher ema")
-    if "rkd" in terms and not args.distance_weight and not args.angle_weight:
-        raise ValueError("--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one")
-    if not taught and (args.teacher_checkpoint or args.mask == "attention"):
-        option = "--teacher-checkpoint" if args.teacher_checkpoint else "--mask attention"
-        raise ValueError(f"{option} needs a teacher and no term of --loss {args.loss} has one: "
-                         "leave it out, or add +rkd")
-    if args.teacher_arch and not args.teacher_checkpoint:
-        raise ValueError(f"--teacher-arch {args.teacher_arch} names the network of a "
-                         "--teacher-checkpoint: add that, or leave it out")
-    if args.stages > 1 and (args.teacher_checkpoint or not taught):
-        raise ValueError(f"--stages {args.stages}: each next teacher is the student before it, so "
-                         "there must be a teacher, and of the student's arch: --stages 1 with "
-                         "--teacher-checkpoint, or without a term that has a teacher")
-    if args.teacher == "ema" and ("dbot" in terms or args.teacher_checkpoint or args.stages > 1):
-        what = ("dbot" if "dbot" in terms else "--teacher-checkpoint" if args.teacher_checkpoint
-                else f"--stages {args.stages}")
-        raise ValueError(f"{what} has a frozen teacher, not --teacher ema: take --teacher frozen")
-
-
-def least_images(args):
-    """How many images a batch needs for its terms to have something to compare."""
-    least = {name: OBJECTIVES[name].least for name in parse_loss(args.loss)}
-    if "rkd" in least and not args.angle_weight:
-        least["rkd"] = 2
-    return max(least.items(), key=lambda x: x[1])
+        for name, value in term.defaults.items():
+            found[name] = value if found.get(name, value) == value else None
+    return found | {"hide": way for way in ways}
 
 
 # ---- student and teacher -----------------------------------------------------------------------
 
-def parts(name, vit, their_width, args):
-    """What a term puts on a backbone: (head of student and teacher, predictor), None for nothing.
-
-    `--projection` is the width of what is compared (0: the published one), `--head-hidden` that
-    of the layers before it.
-    """
-    width = vit.embed_dim * (2 if args.pool == "cls+mean" else 1)
-    hidden, K, pixels = args.head_hidden or 4 * width, args.prototypes, 3 * args.patch_size ** 2
-    batch_norm = partial(mlp_head, norm=BatchNorm, activation=nn.ReLU, bias=False)
-    plain = partial(BatchNorm, affine=False)
-    decoder = partial(Decoder, vit.grid, vit.embed_dim, width=args.decoder[0],
-                      depth=args.decoder[1], drop_path=args.drop_path)
-    out = args.projection or (128 if name == "simclr" else 256)
-    match name:
-        case "rkd":
-            out = args.head or width
-            make = partial(batch_norm, last=plain) if args.head_batchnorm else mlp_head
-            return (make(width, hidden, out) if args.head else None,
-                    mlp_head(out, hidden, out) if args.predictor else None)
-        case "simclr":
-            return batch_norm(width, hidden, out, last=plain), None
-        case "moco":
-            return (batch_norm(width, hidden, out, layers=3, last=plain),
-                    batch_norm(out, hidden, out, last=plain))
-        case "byol":
-            return batch_norm(width, hidden, out), batch_norm(out, hidden, out)
-        case "dino" | "ibot":
-            norm = BatchNorm if args.head_batchnorm else None
-            return PrototypeHead(width, hidden, out, K, norm), None
-        case "beit":
-            return None, nn.Linear(vit.embed_dim, K)
-        case "simmim":
-            return None, nn.Linear(vit.embed_dim, pixels)
-        case "mae":
-            return None, decoder(pixels)
-        case "dbot":
-            return None, decoder(their_width)
-        case "feature":
-            return None, nn.Linear(width, their_width * width // vit.embed_dim)
-    return None, None
-
-
-def build_student(args, their_width=None, stage=0):
+def build_student(args, teacher_width=None, stage=0):
     """The student as the options describe it: the same in every process, another in each stage."""
     torch.manual_seed(fold(args.seed, 5, stage) if stage else args.seed)
     vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
                            drop_path=args.drop_path, fixed_pos=args.fixed_pos)
-    on_it = {name: parts(name, vit, their_width or vit.embed_dim, args)
+    width = vit.embed_dim * (2 if args.pool == "cls+mean" else 1)
+    heads = {name: OBJECTIVES[name].heads(args, vit, width, teacher_width or vit.embed_dim)
              for name in parse_loss(args.loss)}
     if args.hide == "drop" or not args.mask_ratio:
         vit.mask_token.requires_grad_(False)  # unused: DDP would wait for it
     if args.freeze_patch_embed:
         vit.patch_embed.requires_grad_(False)
-    return Network(vit, *({name: both[k] for name, both in on_it.items() if both[k]}
+    return Network(vit, *({name: both[k] for name, both in heads.items() if both[k]}
                           for k in (0, 1)))
 
 
@@ -694,7 +669,7 @@ class System(nn.Module):
         return super().to(device)
 
     @property
-    def kept(self):
+    def eval_network(self):
         """The network that is evaluated: the moving average where there is one."""
         return self.teacher if self.args.teacher == "ema" else self.student
 
@@ -704,12 +679,12 @@ class System(nn.Module):
         Logs are numbers, tensors, or functions that give one and are called only when a row is
         written.
         """
-        seen, loss, logs = Seen(self, strong, weak, mask, progress), 0.0, {}
+        batch, loss, logs = Batch(self, strong, weak, mask, progress), 0.0, {}
         for name, weight in self.terms.items():
-            value, more = OBJECTIVES[name].loss(seen)
+            value, more = OBJECTIVES[name].loss(batch)
             loss = loss + weight * value
             logs |= {name: value.detach(), **more}
-        return loss, logs, seen.points()
+        return loss, logs, batch.points()
 
     def next_stage(self, stage):
         """The student becomes the frozen teacher and a fresh student starts (dBOT, section 3)."""

@@ -2,6 +2,7 @@
 
     fold(keys)            -> one number below 2³²
     uniform(count, keys)  -> `count` numbers in [0, 1) for each entry of the keys
+    generator(keys)       -> a torch.Generator seeded by that hash
 
 So neither the order of work nor the number of workers or processes changes a sample, and a run
 resumes at any step with nothing but that step. Two rounds of a 32-bit xorshift-multiply hash per
@@ -30,3 +31,8 @@ def uniform(count, *keys):
     state = torch.as_tensor(fold(*keys)).view(-1, 1)
     slots = torch.arange(1, count + 1, device=state.device)
     return (mix(mix((state + 0x9E3779B9 * slots) & 0xFFFFFFFF)) >> 8).float() / 2**24
+
+
+def generator(*keys):
+    """A torch.Generator on the CPU, seeded by the hash of the keys."""
+    return torch.Generator().manual_seed(fold(*keys))

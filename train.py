@@ -1,171 +1,149 @@
 """Masked relational knowledge distillation of Vision Transformers, on a laptop or on several nodes.
 
-A student sees an augmented view with most patches hidden, a teacher (its moving average) another
-view, whole; the student learns the teacher's *relations* among the images of the batch. The losses
-are in losses.py, who sees what in objectives.py, the run here: options, schedules, data, loop, log.
+A student sees an augmented view with most patches hidden; a teacher, the moving average (EMA) of
+the student, sees another view, whole. The student learns the teacher's *relations* among the images
+of a batch. losses.py holds the formulas, objectives.py the systems; one run is below, top to
+bottom: options, schedules, processes, saving, `main` (set-up), `train` (loop).
 
     python train.py                                  # built-in images, three minutes, any machine
     torchrun --nproc_per_node=8 train.py --loss rkd --data folder --data-path /imagenet \\
         --arch vit_small --image-size 224 --patch-size 16 --batch-size 1024 --epochs 100 --hue 0.1
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=IP:29500 train.py ..
 
-Everything is in --out-dir: checkpoint.pt, args.json, log.jsonl, curves.png, masks.png. A killed run
-goes on where it was with the same command; one process or many give the same run.
+--out-dir receives checkpoint.pt, args.json, log.jsonl, curves.png and masks.png. A killed run
+continues with the same command. One process or many give the same run.
 """
 import argparse
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-import types
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import analyze
-from checkpoint import Log, open_folder, resume, rounded, save_run, warn
 from data import DATASETS, UnreadableImages, load_data, train_batches
-from eval_knn import extract_features, knn_top1
-from launch import (Parser, Watch, first_problem, join_processes, largest, leave_by, natural,
-                    number, pick_device, positive, whole)
+from eval_knn import (Parser, all_gather, extract_features, knn_top1, number, ranks,
+                      start_processes, watch, whole)
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update
-from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, check, defaults, least_images,
-                        parse_loss)
-from randomness import fold
-from weights import write_file
+from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, defaults, parse_loss)
+from randomness import fold, generator
+from weights import listed, misfits, one_line, read_file, write_file
 
+
+# ---- options -----------------------------------------------------------------------------------
 
 def options():
-    parser = Parser(__doc__)
-    fraction = number(0, 1)
+    parser, fraction, positive, width = Parser(__doc__), number(0, 1), whole(1), whole(0, 2**16)
+    flag = dict(action="store_true")
 
-    add = parser.add_argument_group("what to learn by, from what").add_argument
-    add("--recipe", choices=RECIPES, help="published hyper-parameters; what you add still wins")
+    add = parser.add_argument_group("objective and data").add_argument
+    add("--recipe", choices=RECIPES, help="published hyper-parameters; options beside it win")
     add("--loss", default="rkd", metavar="SUM",
         help=f"a term or a weighted sum, as dino+0.5*rkd, of {', '.join(OBJECTIVES)}")
-    add("--data", default="textures", choices=DATASETS,
-        help="textures is built in, folder any of yours")
-    add("--data-path",
-        help="folder: train/CLASS/image and val/CLASS/image; else where the set is or goes")
-    add("--workers", type=whole(0, 512), default=4,
-        help="decoding processes for each process, for folders")
+    add("--data", default="textures", choices=DATASETS, help="textures: built in; folder: yours")
+    add("--data-path", help="folder: train/CLASS/image, val/CLASS/image; else where the set is")
+    add("--workers", type=whole(0, 512), default=4, help="decoding workers per process (folders)")
 
     add = parser.add_argument_group("student").add_argument
     add("--arch", default="vit_micro", choices=ARCHS, help="size of the ViT")
-    add("--image-size", type=whole(1, 8192), default=32, help="side of a global view in pixels")
-    add("--patch-size", type=whole(1, 8192), default=8,
-        help="side in pixels; smaller learns more, costs more")
-    add("--pool", default="mean", choices=POOLS, help="feature of an image: of its patches, or CLS")
-    add("--projection", type=whole(0, 2**16), default=0,
-        help="width of what simclr, moco, byol, dino, ibot compare; 0: as published")
-    add("--head", type=whole(0, 2**16), default=0,
-        help="rkd: width of a projection head; 0 relates the features")
-    add("--head-hidden", type=whole(0, 2**16), default=0,
-        help="width inside heads; 0: 4 times the ViT's")
+    add("--image-size", type=whole(1, 8192), default=32, help="side of a global view, pixels")
+    add("--patch-size", type=whole(1, 8192), default=8, help="pixels; smaller learns, costs more")
+    add("--pool", default="mean", choices=POOLS, help="feature of an image: mean of patches or CLS")
+    add("--projection", type=width, default=0, help="output width of heads; 0: as published")
+    add("--head", type=width, default=0, help="rkd: width of a head; 0 relates the features")
+    add("--head-hidden", type=width, default=0, help="hidden width of heads; 0: 4 x feature width")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
-        help="in rkd's, as simclr has it; in dino's and ibot's, when they collapse")
-    add("--predictor", action="store_true", help="rkd: a second MLP on the student alone")
-    add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
-    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2],
-        help="width and depth, of mae, dbot")
-    add("--tokenizer", default="random", choices=TOKENIZERS, help="where beit's words come from")
+        help="BatchNorm in the head of rkd, dino or ibot (against collapse)")
+    add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino, ibot; words of beit")
+    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="mae, dbot: width depth")
+    add("--tokenizer", default="random", choices=TOKENIZERS, help="beit: source of the words")
     add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
-    add("--fixed-pos", action="store_true", help="sine-cosine positions that are not learned")
-    add("--freeze-patch-embed", action="store_true", help="leave it random (steadies moco)")
+    add("--fixed-pos", **flag, help="sine-cosine positions, not learned")
+    add("--freeze-patch-embed", **flag, help="keep the patch embedding random (steadies moco)")
 
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", default="ema", choices=["ema", "frozen"],
-        help="the student's moving average; or random, then the student of the stage before")
+        help="moving average of the student; or random, then the student of the stage before")
     add("--teacher-checkpoint", metavar="FILE", help="a given, frozen network of any width")
     add("--teacher-arch", choices=ARCHS, help="only for weights that do not say theirs")
     add("--stages", type=positive, default=1, help="of a frozen teacher; each runs all schedules")
-    add("--momentum", type=fraction, default=0.95, help="of ema, rising to 1; .99 for long runs")
+    add("--momentum", type=fraction, default=0.95, help="EMA, rising to 1; .99 for long runs")
 
     add = parser.add_argument_group("views and masks").add_argument
     add("--mask", default="random", choices=[*MASKS, "attention"], help="which patches to hide")
-    add("--mask-ratio", type=fraction, default=0.75, help="share of hidden patches; 0 hides none")
-    add("--mask-spread", type=fraction, default=0.0, help="ratio ± this, drawn for each view")
-    add("--mask-probability", type=fraction, default=1.0, help="share of the views with a mask")
-    add("--mask-unit", type=positive, default=1, help="random hides squares of so many patches")
-    add("--hide", default="drop", choices=["drop", "token"],
-        help="leave them out (faster), or a token")
-    add("--global-crops", type=int, choices=[1, 2], default=2,
-        help="views of an image; published masked prediction has 1")
+    add("--mask-ratio", type=fraction, default=0.75, help="share of hidden patches")
+    add("--mask-spread", type=fraction, default=0.0, help="ratio ± this, drawn per view")
+    add("--mask-probability", type=fraction, default=1.0, help="share of views with a mask")
+    add("--mask-unit", type=positive, default=1, help="random: hide squares of so many patches")
+    add("--hide", default="drop", choices=["drop", "token"], help="leave out (faster), or a token")
+    add("--global-crops", type=int, choices=[1, 2], default=2, help="whole views per image")
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
-    add("--local-crops", type=whole(0, 64), default=0,
-        help="more, small student views (DINO's multi-crop)")
+    add("--local-crops", type=whole(0, 64), default=0, help="more, small views (DINO's multi-crop)")
     add("--jitter", type=fraction, default=0.4, help="of brightness, contrast and saturation")
-    add("--hue", type=number(0, 0.5), default=0.5,
-        help="shift in turns; .1 where colour tells classes")
+    add("--hue", type=number(0, 0.5), default=0.5, help="in turns; .1 where colour tells classes")
     add("--grey", type=fraction, default=0.2, help="share of grey views")
-    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="share of either global view")
-    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="share of either")
-    add("--weak-teacher", action="store_true", help="the teacher's views keep their colours")
+    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="share, per global view")
+    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="share, per global view")
+    add("--weak-teacher", **flag, help="the teacher's views keep their colours")
 
     add = parser.add_argument_group("losses").add_argument
     add("--distance-weight", type=number(0), default=1.0, help="rkd: of distances")
     add("--distance-power", type=number(0), default=1.0,
-        help="rkd: the teacher's distances to this power; 0: all equal (a control)")
-    add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles; Park et al.: 2 : 1")
+        help="rkd: exponent of the teacher's distances; 0 makes all equal (a control)")
+    add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles (Park et al.: 2)")
     add("--pull-weight", type=number(0), default=0.05,
         help="rkd: between two views; 0: pure relations (default with --teacher-checkpoint)")
-    add("--patch-weight", type=number(0), default=0.0, help="rkd: among an image's patches")
-    add("--temperature", type=number(1e-3),
-        help="the student's; default: .1, of moco .2, as published")
+    add("--patch-weight", type=number(0), default=0.0, help="rkd: among the patches of an image")
+    add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
-        help="start and end, of dino, ibot, ressl; lower start if they collapse")
+        help="dino, ibot, ressl: start and end; a lower start against collapse")
     add("--teacher-warmup", type=fraction, default=0.3, help="share of the run from start to end")
     add("--freeze-last-layer", type=fraction, default=0.0,
-        help="share of the run in which prototypes stay; more if the loss rises")
+        help="share of the run with fixed prototypes; more if the loss rises")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--batch-size", type=positive, default=128, help="images a step, over all processes; "
-        "relations grow with its square, so the largest that fits")
-    add("--grad-accum", type=positive, default=1,
-        help="pieces of a batch; relations do not span them")
-    add("--epochs", type=number(1e-6),
-        help="length, fractions allowed; default: 20 unless --max-steps")
-    add("--max-steps", type=positive,
-        help="stop there; without --epochs the schedules end there too")
-    add("--lr", type=number(0), default=3e-3,
-        help="peak, absolute (AdamW); halve it if the loss jumps")
+    add("--batch-size", type=positive, default=128,
+        help="images per step over all processes; relations like the largest that fits")
+    add("--grad-accum", type=positive, default=1, help="pieces per batch; no relations across them")
+    add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
+    add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
+    add("--lr", type=number(0), default=3e-3, help="peak, absolute; halve it if the loss jumps")
     add("--min-lr", type=number(0), default=0.0, help="at the end")
-    add("--warmup", type=fraction, default=0.1,
-        help="share of the run in which lr rises; more if unstable")
-    add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05],
-        help="start and end (cosine)")
-    add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW's; lower if the loss jumps")
+    add("--warmup", type=fraction, default=0.1, help="share of the run; more if unstable")
+    add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start end (cosine)")
+    add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW; lower if the loss jumps")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
-    add("--clip-each", action="store_true", help="clip each parameter by itself (DINO)")
+    add("--clip-each", **flag, help="clip each parameter by itself (DINO)")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--seed", type=natural, default=0, help="of everything random")
+    add("--seed", type=whole(0), default=0, help="of every random number")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
-    add("--compile", action="store_true", help="torch.compile both networks (CUDA)")
-    add("--timeout", type=number(1), default=300.0,
-        help="seconds without progress of any process, after which all end")
+    add("--compile", **flag, help="torch.compile both networks (CUDA)")
+    add("--timeout", type=number(1), default=300.0, help="end a job without progress: seconds")
     add("--out-dir", help="folder of the run; default: runs/LOSS-DATA")
-    add("--resume", default="auto",
-        help="auto: go on if --out-dir holds this run; none: start over; a path")
+    add("--resume", default="auto", help="auto: continue the run in --out-dir; none; or a path")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
     add("--log-every", type=positive, default=20, help="steps between rows of log.jsonl")
-    add("--eval-every", type=positive,
-        help="steps between k-NN evaluations; default: ten in the run")
+    add("--eval-every", type=positive, help="steps between k-NN evaluations; default: ten per run")
     return parser
 
 
 def parse(words=None):
-    """The options of a run: the command line's, else the recipe's, else those of its system."""
+    """Options of a run: of the command line, else of the recipe, else the defaults of its system."""
     parser = options()
-    try:
+    with parser.one_line_errors():
         recipe = RECIPES.get(parser.parse_args(words).recipe, {})
         parser.set_defaults(**recipe)
         args = parser.parse_args(words)
@@ -173,15 +151,81 @@ def parse(words=None):
         if args.teacher_checkpoint:
             parser.set_defaults(teacher="frozen", stages=1, pull_weight=0.0)
         args = parser.parse_args(words)
-        check(args)
+        refuse(args)
         if not any(OBJECTIVES[name].teacher for name in parse_loss(args.loss)):
             args.teacher = "none"
-    except ValueError as error:
-        parser.error(error)
     return args
 
 
-# ---- the parts of a run ------------------------------------------------------------------------
+def refuse(args):
+    """ValueError for options that contradict each other, before anything is built or written."""
+    terms = {name: OBJECTIVES[name] for name in parse_loss(args.loss)}
+    predicting = {name: term.hide for name, term in terms.items() if term.hide}
+    taught = any(term.teacher for term in terms.values())
+    views, viewer = max((term.views, name) for name, term in terms.items())
+    least, comparing = max((term.least, name) for name, term in terms.items())
+    least -= comparing == "rkd" and not args.angle_weight  # a distance needs two images
+    through_head = [name for name, term in terms.items() if term.through_head]
+    for name in "mask mask_ratio mask_spread mask_probability teacher stages".split():
+        if getattr(args, name) is None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--loss {args.loss}: {' and '.join(predicting)} have different "
+                             f"defaults of {option}: choose one with {option}")
+    N = max(1, args.image_size // args.patch_size) ** 2
+    fewest, most = (round((args.mask_ratio + sign * args.mask_spread) * N) for sign in (-1, 1))
+    uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
+    needed = 3 if args.angle_weight else 2  # patches related with each other
+    pieces = args.grad_accum * int(os.environ.get("WORLD_SIZE") or 1)
+    frozen = ("dbot" if "dbot" in terms else "--teacher-checkpoint" if args.teacher_checkpoint
+              else f"--stages {args.stages}" if args.stages > 1 else "")
+    given = "--teacher-checkpoint" if args.teacher_checkpoint else "--mask attention"
+    rules = [
+        (predicting and not args.mask_ratio, "--mask-ratio 0 hides nothing and "
+         f"{' and '.join(predicting)} predicts hidden patches: set it above 0"),
+        (any(hide != args.hide for hide in predicting.values()), f"--hide {args.hide} does not fit "
+         f"{' and '.join(predicting)}: it needs --hide {' '.join(predicting.values())}"),
+        (uneven and args.hide == "drop", "--mask-spread and --mask-probability hide more in one "
+         "image than in another, and dropping needs as many in each: --hide token, or leave them"),
+        (args.mask_unit > 1 and args.mask != "random", f"--mask-unit {args.mask_unit} belongs to "
+         f"--mask random, not {args.mask}: leave one out"),
+        (math.isqrt(N) % args.mask_unit, f"--mask-unit {args.mask_unit} does not divide "
+         f"{math.isqrt(N)} x {math.isqrt(N)} patches: take 1"),
+        (not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread, f"--mask-spread "
+         f"{args.mask_spread} around --mask-ratio {args.mask_ratio} leaves 0 .. 1: lower it"),
+        (args.mask_ratio and not most, f"--mask-ratio {args.mask_ratio} hides none of {N} patches: "
+         "raise it, or set it to 0"),
+        (most == N, f"--mask-ratio {args.mask_ratio} hides all {N} patches: lower it"),
+        (args.patch_weight and args.hide == "drop" and N - most < needed, f"--patch-weight "
+         f"{args.patch_weight} needs {needed} patches and the student has {N - most}: lower "
+         "--mask-ratio, or --hide token"),
+        (args.global_crops < views, f"--global-crops {args.global_crops}: {viewer} compares "
+         f"{views} views of an image: set it to {views}"),
+        (not 0 < args.crop_scale[0] <= args.crop_scale[1], f"--crop-scale {args.crop_scale}: from "
+         "above 0 to at least that"),
+        (args.batch_size % pieces or args.batch_size // args.grad_accum < least,
+         f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes x "
+         f"--grad-accum) and leave {least} images per piece: {comparing} compares them"),
+        ("rkd" in terms and not args.distance_weight and not args.angle_weight,
+         "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
+        (not taught and (args.teacher_checkpoint or args.mask == "attention"), f"{given} needs a "
+         f"teacher and no term of --loss {args.loss} has one: leave it out, or add +rkd"),
+        (args.teacher_checkpoint and through_head, f"--teacher-checkpoint is a backbone and "
+         f"{' and '.join(through_head)} reads the head of the teacher: take rkd, cka, ressl, "
+         "feature or dbot, or --teacher ema"),
+        (args.teacher_arch and not args.teacher_checkpoint, f"--teacher-arch {args.teacher_arch} "
+         "names the network of a --teacher-checkpoint: add that, or leave it out"),
+        (args.stages > 1 and (args.teacher_checkpoint or not taught), f"--stages {args.stages}: "
+         "each next teacher is the student before it: --stages 1 with --teacher-checkpoint or "
+         "without a term that has a teacher"),
+        (args.teacher == "ema" and frozen, f"{frozen} has a frozen teacher, not --teacher "
+         "ema: take --teacher frozen"),
+    ]
+    for broken, sentence in rules:
+        if broken:
+            raise ValueError(sentence)
+
+
+# ---- what a step depends on: schedules, order, masks -------------------------------------------
 
 def schedules(step, total, args):
     """Learning rate (linear warm-up, cosine down), weight decay and momentum (cosine) of a step."""
@@ -189,8 +233,8 @@ def schedules(step, total, args):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     warm = round(args.warmup * total)
-    decay, momentum = (cosine(*args.weight_decay, step / total),
-                       cosine(args.momentum, 1, step / total))
+    decay = cosine(*args.weight_decay, step / total)
+    momentum = cosine(args.momentum, 1, step / total)
     if step < warm:
         return args.lr * (step + 1) / warm, decay, momentum
     lr = cosine(args.lr, args.min_lr, (step - warm) / max(1, total - warm))
@@ -198,10 +242,10 @@ def schedules(step, total, args):
 
 
 def sample_order(count, start, stop, args, rank, world):
-    """(epoch, indices) of this process for every piece of every step: a permutation an epoch."""
-    each_epoch, epoch = count // args.batch_size, None
+    """(epoch, indices) of this rank for every piece of every step: one permutation per epoch."""
+    steps_per_epoch, epoch = count // args.batch_size, None
     for step in range(start, stop):
-        now, place = divmod(step, each_epoch)
+        now, place = divmod(step, steps_per_epoch)
         if now != epoch:
             epoch, order = now, torch.randperm(count, generator=generator(args.seed, 1, now))
         batch = order[place * args.batch_size:(place + 1) * args.batch_size]
@@ -209,428 +253,505 @@ def sample_order(count, start, stop, args, rank, world):
             yield epoch, piece
 
 
-def generator(*keys):
-    return torch.Generator().manual_seed(fold(*keys))
+def draw_masks(args, system, step, piece, weak, rank=0, world=1):
+    """Masks of the G global views of this rank, bool (G·B, N): its part of the global batch's."""
+    def own(x):  # what was drawn for all ranks, (G·world·B, ..) -> (G·B, ..)
+        x = x.view(args.global_crops, world, -1, *x.shape[1:])
+        return x[:, rank].flatten(0, 1)
 
-
-def draw_masks(run, step, piece, weak):
-    """Masks of this process's G global views, (G·B, N): a cut of those of the whole batch."""
-    args, vit = run.args, run.system.student.backbone
-    G, B = args.global_crops, args.batch_size // args.grad_accum
     if not args.mask_ratio:
         return None
+    count = args.global_crops * (args.batch_size // args.grad_accum)
     random, ratio = generator(args.seed, 2, step, piece), args.mask_ratio
-    if args.mask_spread or args.mask_probability < 1:  # each view its own ratio, or none
-        ratio = ratio + args.mask_spread * (2 * torch.rand(G * B, generator=random) - 1)
-        some = torch.rand(G * B, generator=random) < args.mask_probability
-        ratio = ratio.clamp(0, 1) * some
+    if args.mask_spread or args.mask_probability < 1:  # each view has its own ratio, or no mask
+        ratio = ratio + args.mask_spread * (2 * torch.rand(count, generator=random) - 1)
+        ratio = ratio.clamp(0, 1) * (torch.rand(count, generator=random) < args.mask_probability)
     if args.mask == "attention":
-        seen = [run.system.teacher.backbone.last_attention(view).mean(1) for view in weak[:G]]
-        return attention_mask(torch.cat(seen).float(), share(run, ratio))
+        seen = [system.teacher.backbone.last_attention(view).mean(1)
+                for view in weak[:args.global_crops]]
+        return attention_mask(torch.cat(seen).float(),
+                              own(ratio) if torch.is_tensor(ratio) else ratio)
     unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
-    mask = share(run, MASKS[args.mask](G * B, vit.grid, ratio, random, **unit))
-    return mask.pin_memory() if run.device.type == "cuda" else mask
+    mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
+    return mask.pin_memory() if torch.cuda.is_available() else mask
 
 
-def share(run, x):
-    """This process's part of what was drawn for the global views of all processes, (G·B, ..)."""
-    if not torch.is_tensor(x):
-        return x
-    x = x.view(run.args.global_crops, run.world, -1, *x.shape[1:])
-    return x[:, run.rank].flatten(0, 1)
+def open_batches(args, train_set, start, stop, rank, world, device):
+    """Batches of this rank from step `start` on: (indices, weak views, strong views)."""
+    # local views as in DINO: 96 pixels where the global ones have 224, smaller crops
+    small = max(1, round(args.image_size * 96 / 224 / args.patch_size)) * args.patch_size
+    whole, local = args.global_crops, args.local_crops
+    views = ([(args.image_size, args.crop_scale)] * whole
+             + [(small, (0.05, args.crop_scale[0]))] * local)
+    return train_batches(
+        train_set, sample_order(len(train_set), start, stop, args, rank, world), views, args.seed,
+        device, args.workers, weak=args.weak_teacher or args.mask == "attention",
+        jitter=args.jitter, hue=args.hue, grey_probability=args.grey,
+        blur_probability=args.blur[:whole] + [0.5 * any(args.blur)] * local,
+        solarize_probability=args.solarize[:whole] + [0.0] * local)
 
 
-# ---- what a run measures, hears and skips ------------------------------------------------------
+# ---- saving and resuming -----------------------------------------------------------------------
 
-def evaluate(run):
-    """k-NN accuracy of frozen features, plain and centred, in percent: the teacher's, if ema."""
-    with interruptible(run):
-        train, test = features_for(run, run.args.pool)
-        return dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
-                    knn_top1_centered=knn_top1(train, test, center=True))
+def warn(text):
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def features_for(run, pool, most=50000):
-    """(References, test) features of the kept network; of large sets some, evenly spaced."""
-    some = [torch.linspace(0, len(data) - 1, min(len(data), most)).long()
-            for data in (run.train_set, run.test_set)]
-    return [extract_features(run.system.kept.backbone, data, run.args.image_size, pool, run.device,
-                             indices, run.args.workers, run.watch.mark)
-            for data, indices in zip((run.train_set, run.test_set), some)]
+def setting(system, train_set):
+    """Facts that may change on resume; results are then no longer bitwise identical."""
+    return dict(processes=ranks()[1], device=next(system.parameters()).device.type,
+                torch=str(torch.__version__), threads=torch.get_num_threads(),
+                images=len(train_set))
 
 
-def listen(run):
-    """Note SIGTERM, SIGINT and SIGUSR1: the loop finishes its step, saves and leaves."""
-    me = os.getpid()  # workers inherit the handler
-
-    def heard(number, _):
-        run.asked.append(number)
-        if run.evaluating and os.getpid() == me:
-            sys.exit(128 + number)
-
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # not all on Windows
-            signal.signal(getattr(signal, name), heard)
-
-
-@contextlib.contextmanager
-def interruptible(run):
-    """An evaluation takes minutes; the state is saved before it, so a signal ends it at once."""
-    if run.asked:
-        sys.exit(128 + run.asked[-1])
-    run.evaluating = True
+def save(args, system, optimizer, train_set, **progress):
+    """Replace checkpoint.pt atomically; the one before stays as previous.pt. A full disk warns."""
+    state = dict(system.save(), optimizer=optimizer.state_dict(), args=vars(args),
+                 setting=setting(system, train_set), **progress)
+    path = os.path.join(args.out_dir, "checkpoint.pt")
     try:
-        yield
-    finally:
-        run.evaluating = False
+        write_file(path, lambda file: torch.save(state, file),
+                   keep=os.path.join(args.out_dir, "previous.pt"))
+    except (OSError, RuntimeError) as error:  # RuntimeError: from torch, when the disk is full
+        warn(f"could not save {path} ({error}): training goes on, and will try again")
 
 
-def first_row(run):
-    """Step 0: what (centred) raw pixels and the untrained network reach, for training to beat."""
-    row = dict(step=0, epoch=0.0)
-    if run.test_set is not None:
-        row |= evaluate(run)
-        row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
-        with interruptible(run):
-            row["raw_pixels_knn_top1"] = knn_top1(*features_for(run, "pixels"), center=True)
-    return row
+# options that may change on resume
+FREE = ("recipe data_path workers max_steps device compile out_dir resume "
+        "save_every log_every eval_every timeout").split()
 
 
-PATIENCE = 5  # skipped steps in a row
+def differences(old, new, prefix="", but=()):
+    """["name value (now other)", ..] for every entry of `new` that `old` has otherwise or lacks."""
+    old = old if isinstance(old, dict) else {}
+    return [f"{prefix}{name.replace('_', '-')} {str(old.get(name))[:60]} (now {value})"
+            for name, value in new.items()
+            if name not in but and (name not in old or old[name] != value)]
 
 
-def skip(run, log, row):
-    """Count a step whose gradient is not finite; stop after several, with something to look at."""
-    run.skipped = [run.skipped[0] + 1, run.skipped[1] + 1]
-    many = min(PATIENCE, run.stop)
-    if run.rank == 0 and run.skipped[1] == 1:
-        warn(f"step {run.step + 1}: the loss or its gradient is not finite: skipped (after {many} "
-             "in a row the run stops)")
-    if run.skipped[1] < many:
-        return
-    path = os.path.join(run.args.out_dir, "dump.json")
-    order = sample_order(len(run.train_set), run.step, run.step + 1, run.args, 0, 1)
-    images = torch.cat([index for _, index in order]).tolist()
-    squares = {}
-    for name, p in run.system.student.named_parameters():
-        if p.grad is not None:
-            block = ".".join(name.split(".")[:3 if "blocks" in name else 2])
-            squares[block] = squares.get(block, 0.0) + p.grad.float().square().sum().item()
-    norms = {block: math.sqrt(x) for block, x in squares.items()}
-    files = getattr(run.train_set, "files", None)
-    dump = dict(step=run.step + 1, **row, gradient_norms=norms, images=images,
-                files=files and [files[i] for i in images], last_rows=log.rows[-100:])
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(in_words(x))}" for name, x in dump.items())
-    if run.rank == 0:
+def load_state(path, state, system, optimizer):
+    """Restore networks and optimizer, all or nothing: ValueError where the file does not fit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = state.get("optimizer", {}).get("state", {})
+    wrong = [] if set(moments) <= set(range(len(parameters))) else ["optimizer: other parameters"]
+    for index, entry in moments.items() if not wrong else ():
+        p = parameters[index]
+        wrong += [f"optimizer of parameter {index}: {text}" for text in misfits(
+            dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p), entry)]
+    if wrong:
+        raise ValueError(listed(wrong))
+    system.load(state)
+    # only the moments: learning rate and weight decay are those of this run's options
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
+
+
+def resume(args, system, optimizer, train_set):
+    """Restore the newest intact checkpoint of this run -> (step, skipped steps, unlogged row)."""
+    own = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
+    own, given = [path for path in own if os.path.exists(path)], args.resume not in ("auto", "none")
+    restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
+                    for launcher in ("TORCHELASTIC", "SLURM"))
+    if args.resume == "none" and not restarted:
+        return 0, 0, {}
+    # a path begins another run from that state; a state in --out-dir must be of this very run
+    free = given and (not own or os.path.exists(args.resume) and any(
+        os.path.samefile(args.resume, path) for path in own))
+    problems = []
+    for path in [args.resume] if free else own:
         try:
-            write_file(path, lambda file: file.write(f"{{{lines}}}\n".encode()))
+            state = read_file(path)
+            steps = state.get("step")
+            if not isinstance(state.get("args"), dict) or type(steps) is not int or steps < 0:
+                raise ValueError(f"{path} is no checkpoint of train.py")
+            other = differences(state["args"], vars(args), "--", FREE)
+            if given and not free:  # a run that began from another path is another run
+                other += differences(state["args"], dict(resume=args.resume), "--")
+            if free or not other:
+                load_state(path, state, system, optimizer)
+        except (ValueError, RuntimeError, AttributeError) as error:  # the one before may be intact
+            problems.append(f"--resume {path}: no checkpoint of such a run ({str(error)[:400]})")
+            continue
+        if other and not free:
+            raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
+                             "--out-dir, the same options, --resume none to start over, or "
+                             "--resume with its path")
+        changed = differences(state.get("setting"), setting(system, train_set))
+        if ranks()[0] == 0:
+            for text in problems:
+                warn(f"{text}; took the state before")
+            print(one_line(f"resumed {path} at step {state['step']}"
+                           + f"; it had {', '.join(other)}" * bool(other)
+                           + f"; it was made with {', '.join(changed)}: from here the run is not "
+                           "bitwise the same" * bool(changed)))
+        row = state.get("row") or {}
+        unlogged = path in own and isinstance(row, dict) and row.get("step") == state["step"]
+        return state["step"], state.get("skipped_steps", 0), row if unlogged else {}
+    if problems:
+        raise ValueError("; ".join(problems)[:900] + "; --resume none starts over")
+    return 0, 0, {}
+
+
+def open_folder(args, step):
+    """Create --out-dir and check that it is writable; --resume none renames what is there."""
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        if args.resume == "none" and not step:
+            for name in ("checkpoint.pt", "previous.pt", "log.jsonl"):  # nothing saved is lost
+                path = os.path.join(args.out_dir, name)
+                free = (f"{path}.old{n or ''}" for n in itertools.count())
+                if os.path.exists(path):
+                    os.replace(path, next(name for name in free if not os.path.exists(name)))
+        write_file(os.path.join(args.out_dir, "args.json"),
+                   lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
+    except OSError as error:
+        if not step:
+            raise ValueError(f"--out-dir {args.out_dir} cannot be written: {error}") from error
+        warn(f"--out-dir {args.out_dir} cannot be written ({error}): training goes on")
+
+
+def rounded(x):
+    """A float with six digits; None where it is not finite, for which JSON has no word."""
+    if not isinstance(x, float):
+        return x
+    return float(f"{x:.6g}") if math.isfinite(x) else None
+
+
+class Log:
+    """log.jsonl, of rank 0: one object per logged step, each step once, also after a resume."""
+
+    def __init__(self, folder, step, on=True):
+        self.path, self.on = os.path.join(folder, "log.jsonl"), on
+        self.rows, self.unwritten = [], True
+        if step and os.path.exists(self.path):
+            with open(self.path, errors="replace") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a cut line
+                        row = json.loads(line)
+                        self.rows += [row] if 0 <= row["step"] <= step else []
+        self.warned = self.collapsed()
+        self.put()
+
+    def put(self):
+        """Append the last row; at the start, and after a failure, write all rows."""
+        rows = self.rows if self.unwritten else self.rows[-1:]
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        try:
+            if self.unwritten and self.on:
+                write_file(self.path, lambda file: file.writelines(lines))
+            elif self.on:
+                with open(self.path, "ab") as file:
+                    file.writelines(lines)
+            self.unwritten = False
         except OSError as error:
-            warn(f"could not write {path} ({error})")
-        good = run.places[0]
-        again = (f"--resume {good} goes on from the last good state" if os.path.exists(good)
-                 else "start again")
-        print(f"step {run.step + 1}: {many} steps in a row were not finite: see {path} for images, "
-              f"gradients and the last rows; {again}, with a lower --lr or a longer --warmup",
-              file=sys.stderr)
-    sys.exit(1)
+            warn(f"could not write {self.path} ({error}): its rows are kept and written later")
+            self.unwritten = True
+
+    def write(self, row):
+        self.rows.append({name: rounded(x) for name, x in row.items()})
+        self.put()
+        if self.on and "knn_top1" in row:
+            shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
+            tqdm.write("  ".join(f"{name} {row[name]:.4g}"
+                                 for name in shown.split() if row.get(name) is not None))
+        if self.on and self.collapsed() and not self.warned:
+            self.warned = True
+            warn("the effective rank of the points fell below half of its start, or their spread "
+                 "below a tenth: they collapse; try a lower --lr, a smaller --pull-weight or a "
+                 "--momentum closer to 1")
+
+    def collapsed(self):
+        """Are the rank or the spread of the last three rows far below those of the first row?"""
+        rows = [row for row in self.rows if row.get("effective_rank") and row.get("feature_std")]
+        return len(rows) >= 5 and any(
+            max(row[name] for row in rows[-3:]) < share * rows[0][name]
+            for name, share in (("effective_rank", 1 / 2), ("feature_std", 1 / 10)))
 
 
-def in_words(x):
-    """Plain data as JSON can have it: a float that is not finite as a word."""
-    if isinstance(x, dict):
-        return {name: in_words(value) for name, value in x.items()}
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+# ---- evaluating and stepping -------------------------------------------------------------------
+
+def evaluate(args, system, sets, pool, device, alive):
+    """k-NN accuracy of frozen features, plain and centred, in percent, and their rank."""
+    # of large sets 50,000 images, evenly spaced
+    some = [torch.linspace(0, len(data) - 1, min(len(data), 50000)).long() for data in sets]
+    train, test = [extract_features(system.eval_network.backbone, data, args.image_size, pool,
+                                    device, indices, args.workers, alive)
+                   for data, indices in zip(sets, some)]
+    found = dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
+                 knn_top1_centered=knn_top1(train, test, center=True))
+    alive()
+    return found
 
 
-def numbers(run, logs):
-    """What the terms report, as numbers: means over the processes, by name."""
-    with torch.no_grad():
-        logs = {name: x() if callable(x) else x for name, x in logs.items()}
-    values = torch.stack([torch.as_tensor(x, dtype=torch.float, device=run.device).detach()
-                          for x in logs.values()])
-    if run.world > 1:
-        dist.all_reduce(values)
-    return dict(zip(logs, (values / run.world).tolist()))
+def untrained(measure):
+    """Figures for training to beat: the untrained network's, and those of (centred) raw pixels."""
+    row = measure()
+    return row | dict(untrained_knn_top1=max(row["knn_top1"], row["knn_top1_centered"]),
+                      raw_pixels_knn_top1=measure("pixels")["knn_top1_centered"])
 
 
-def clip(run, parameters):
-    """Clip gradients, together or (--clip-each, as DINO) each by itself -> their norm before.
+def clip(system, limit, each=False):
+    """Clip gradients, all together or (DINO) each by itself -> their norm before, a float.
 
-    Where that is not finite nothing is touched.
+    A limit of 0 clips nothing; where the norm is not finite, nothing is touched.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    limit, norms = run.args.clip_grad or math.inf, torch.stack(torch._foreach_norm(gradients))
+    parameters = [p for p in system.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    norms = torch.stack(torch._foreach_norm(gradients))
     norm = norms.norm()
     value = norm.item()  # the one wait for the GPU in a step
-    if not math.isfinite(value) or limit == math.inf:
+    if not math.isfinite(value) or not limit:
         return value
-    if run.args.clip_each:
+    if each:
         torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1)))
     else:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return value
 
 
+def over_ranks(logs, device, world):
+    """Logged values as numbers, means over the ranks; functions are called only here."""
+    with torch.no_grad():
+        logs = {name: x() if callable(x) else x for name, x in logs.items()}
+    values = torch.stack([torch.as_tensor(x, dtype=torch.float, device=device).detach()
+                          for x in logs.values()])
+    if world > 1:
+        dist.all_reduce(values)
+    return dict(zip(logs, (values / world).tolist()))
+
+
+class Prefetched:
+    """The current batch, the next one on request, and how fast both came since the last row."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.restart()
+        self.advance()
+
+    def restart(self):
+        self.since, self.waited, self.fetched = time.perf_counter(), 0.0, 0
+
+    def advance(self):
+        start = time.perf_counter()
+        self.current = next(self.batches, None)
+        self.waited, self.fetched = self.waited + time.perf_counter() - start, self.fetched + 1
+
+    def speed(self, args):
+        steps = self.fetched / args.grad_accum
+        return dict(images_per_second=steps * args.batch_size / (time.perf_counter() - self.since),
+                    data_seconds=self.waited / steps)
+
+
+def backward(args, system, network, batches, step, progress):
+    """Gradients of one step, summed over the pieces of its batch -> last loss, logs, points."""
+    rank, world = ranks()
+    device = next(system.parameters()).device
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    torch.manual_seed(fold(args.seed, 3, step, rank))  # only drop-path draws from it
+    for piece in range(args.grad_accum):
+        _, weak, strong = batches.current
+        mask = draw_masks(args, system, step, piece, weak, rank, world)
+        last = piece == args.grad_accum - 1  # DDP averages over the ranks once
+        with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+            with autocast:
+                loss, logs, points = network(strong, weak, mask, progress)
+            # outside autocast: geometry stays in float32. The factor is 1, or NaN where the loss
+            # is not finite: through the averaged gradient every rank learns of it
+            (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
+        batches.advance()  # while a GPU still computes
+    return loss, logs, points
+
+
+def complain(args, images, step, stop, lr, in_a_row):
+    """Warn of a step that is not finite; end the run after several in a row."""
+    many, first = min(PATIENCE, stop), ranks()[0] == 0
+    if in_a_row == 1 and first:
+        warn(f"step {step + 1}: the loss or its gradient is not finite: skipped (after {many} in "
+             "a row the run stops)")
+    if in_a_row == many:
+        order = sample_order(images, step, step + 1, args, 0, 1)
+        indices = torch.cat([index for _, index in order]).tolist()
+        path = os.path.join(args.out_dir, "checkpoint.pt")
+        if first:
+            print(f"step {step + 1}: {many} steps in a row were not finite at lr {lr:.3g}: --resume"
+                  f" {path}, the last good state, with a lower --lr or a longer --warmup; the images"
+                  f" of this step are {indices}", file=sys.stderr)
+        sys.exit(1)
+
+
+def listen():
+    """A list that receives the number of every SIGTERM, SIGINT and SIGUSR1."""
+    asked = []
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # not all on Windows
+            signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
+    return asked
+
+
+def largest(number, device):
+    """The largest of the ranks' whole numbers, so that all stop at the same step."""
+    if dist.is_initialized():
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def distribute(args, system, world):
+    """The system as it is trained: compiled, and under DDP where there are several processes."""
+    for network in (system.student, system.teacher) if args.compile else ():
+        if network:
+            network.backbone.compile()
+    if world == 1:
+        return system
+    now = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in now else "broadcast_buffers"
+    return nn.parallel.DistributedDataParallel(system, **{buffers: False})  # torch 2.14, before
+
+
 # ---- one run, top to bottom --------------------------------------------------------------------
 
-def refuse(args):
-    """What no single option can know: pieces and sizes that do not fit each other."""
-    pieces = args.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
-    name, least = least_images(args)
-    if args.batch_size % pieces or args.batch_size // args.grad_accum < least:
-        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes"
-                         f" x --grad-accum) and leave {least} images a piece: {name} compares them")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
-        raise ValueError(f"--crop-scale {args.crop_scale}: from above 0 to at least that")
+PATIENCE = 5  # steps in a row that may be skipped because they are not finite
 
 
-def refuse_masks(args, grid):
-    """Masks that leave the student nothing to see, or a term nothing to predict."""
-    patches = math.prod(grid)
-    least, most = (round(ratio * patches) for ratio in (args.mask_ratio - args.mask_spread,
-                                                        args.mask_ratio + args.mask_spread))
-    visible = patches - most
-    if args.mask_ratio and not most:
-        raise ValueError(f"--mask-ratio {args.mask_ratio} hides none of {patches} patches: raise "
-                         "it, or set it to 0")
-    if visible < 1:
-        raise ValueError(f"--mask-ratio {args.mask_ratio} hides all {patches} patches: lower it")
-    if any(side % args.mask_unit for side in grid):
-        raise ValueError(f"--mask-unit {args.mask_unit} does not divide {grid[0]} x {grid[1]} "
-                         "patches: take 1")
-    needed = 3 if args.angle_weight else 2
-    if args.patch_weight and args.hide == "drop" and visible < needed:
-        raise ValueError(f"--patch-weight {args.patch_weight} needs {needed} patches and the "
-                         f"student has {visible}: lower --mask-ratio or --hide token")
-
-
-def prepare(args):
-    """All before the first step: whatever can be wrong with the options is found out here."""
-    # -- set-up
-    run = types.SimpleNamespace(args=args, step=0, device=None, row={}, skipped=[0, 0], asked=[],
-                                evaluating=False)
-    problem = None
-    try:
-        run.device = pick_device(args.device)
-        refuse(args)
-    except ValueError as error:
-        problem = str(error)
-    run.rank, run.world = join_processes(run.device, args.timeout, problem)
-    try:
-        set_up(run)
-    except ValueError as error:
-        problem = str(error)
-    problem = first_problem(problem, dict(step=run.step, images=getattr(run, "count", None)))
-    if not problem:  # all agree, so there may be a folder
-        try:
-            if run.rank == 0:
-                open_folder(run)
-        except ValueError as error:
-            problem = str(error)
-        problem = first_problem(problem)
-    if problem:
-        raise ValueError(problem)
-
-    # -- over processes, compiled
-    run.network = run.system  # the raw one is saved
-    if args.compile:
-        run.system.student.backbone.compile()
-        if run.system.teacher:
-            run.system.teacher.backbone.compile()
-    if run.world > 1:
-        now = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        buffers = ("forward_sync_buffers" if "forward_sync_buffers" in now  # torch 2.14
-                   else "broadcast_buffers")
-        run.network = nn.parallel.DistributedDataParallel(run.system, **{buffers: False})
-    run.watch = Watch(run.rank, run.world, args.timeout)
-
-    # -- views; colours of the local ones as BYOL's of both together
-    small = max(1, round(args.image_size * 96 / 224 / args.patch_size)) * args.patch_size
-    local = args.local_crops  # DINO: 96 of 224, area from .05 to that of the global ones
-    views = ([(args.image_size, args.crop_scale)] * args.global_crops
-             + [(small, (0.05, args.crop_scale[0]))] * local)
-    order = sample_order(run.count, run.step, run.stop, args, run.rank, run.world)
-    run.batches = train_batches(
-        run.train_set, order, views, args.seed, run.device, args.workers,
-        weak=args.weak_teacher or args.mask == "attention", jitter=args.jitter, hue=args.hue,
-        grey_probability=args.grey,
-        blur_probability=args.blur[:args.global_crops] + [0.5 * any(args.blur)] * local,
-        solarize_probability=args.solarize[:args.global_crops] + [0.0] * local)
-    return run
-
-
-def set_up(run):
-    """What each process does alone, so that all can hear of the problem of one."""
-    args = run.args
-
-    # -- student, teacher and what is asked of them
-    run.system = System(args).to(run.device)
-    refuse_masks(args, run.system.student.backbone.grid)
-
-    # -- data
-    run.train_set, run.test_set = load_data(args.data, args.data_path, args.image_size)
-    run.count = len(run.train_set)
-    if run.count < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {run.count} training "
-                         "images")
-    run.total = round((args.epochs or 20) * (run.count // args.batch_size))
-    if args.max_steps and not args.epochs:
-        run.total = args.max_steps
-    run.stop = min(run.total, args.max_steps or run.total)
-    if run.stop < args.stages:
-        raise ValueError(f"{run.stop} steps ({run.count} images, batches of {args.batch_size}) are "
-                         f"less than one for each of --stages {args.stages}: raise --epochs (now "
-                         f"{args.epochs or 'not given'}) or --max-steps")
-    run.stage = math.ceil(run.total / args.stages)  # its length
-
-    # -- optimizer. Weight decay: matrices only. eps: relations see no norm.bias, attention no bias
-    # of its keys; their gradients are rounding noise that the usual 1e-8 would raise to full steps
-    parameters = [p for p in run.system.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() in (2, 4)]),
-              dict(params=[p for p in parameters if p.dim() in (1, 3)])]
-    run.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-6,
-                                      fused=run.device.type != "mps")
-
-    # -- resume
-    args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{args.data}"
-    run.places = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
-    restarted = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT",
-                                                        "SLURM_RESTART_COUNT"))
-    run.restarted = any(count != "0" for count in restarted)  # by a launcher, with the same options
-    resume(run)
-
-
-def train(run):
-    """The loop, and what is written before, in and after it."""
-    args, every, watch = run.args, run.args.eval_every or math.ceil(run.stop / 10), run.watch
-    listen(run)
-    log, system = Log(run), run.system
-    parameters = [p for p in system.parameters() if p.requires_grad]
-    if run.test_set is None and run.rank == 0:
-        print(f"{args.data_path} has no classes, or no val/ or test/: training without k-NN")
-    if run.step == 0:
-        log.write(first_row(run))
-    elif run.row and (not log.rows or log.rows[-1]["step"] < run.step):
-        evaluating = run.row.pop("evaluating", 0)  # it was stopped before its row was written
-        log.write(run.row | (evaluate(run) if evaluating else {}))
-    bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
-    bar = tqdm(initial=run.step * args.batch_size, total=run.stop * args.batch_size, unit="img",
-               unit_scale=True, disable=None if run.rank == 0 else True)
-    since, waited, steps, stopping = time.perf_counter(), 0.0, 0, 0
-
-    def fetch():
-        nonlocal waited
-        start = time.perf_counter()
-        watch.mark(f"waiting for images after step {run.step}")
-        batch = next(run.batches, None)
-        waited += time.perf_counter() - start
-        return batch
-
-    batch = fetch()
-    for step in range(run.step, run.stop):
-        stage, place = divmod(step, run.stage)
-        if stage and not place:
-            system.next_stage(stage)
-        lr, decay, momentum = schedules(place, run.stage, args)
-        for group, weight_decay in zip(run.optimizer.param_groups, (decay, 0)):
-            group.update(lr=lr, weight_decay=weight_decay)
-        torch.manual_seed(fold(args.seed, 3, step, run.rank))  # of drop-path, the only draw from it
-        remembered = dict(system.state)
-        for piece in range(args.grad_accum):
-            _, weak, strong = batch
-            watch.mark(f"drawing masks at step {step + 1}")
-            mask = draw_masks(run, step, piece, weak)
-            watch.mark(f"computing step {step + 1}")
-            wait = run.world > 1 and piece < args.grad_accum - 1  # the last averages over processes
-            with run.network.no_sync() if wait else contextlib.nullcontext():
-                with autocast:
-                    loss, logs, points = run.network(strong, weak, mask, place / run.stage)
-                # outside autocast: geometry keeps its float32. The factor is 1, or NaN where the
-                # loss is not finite: so all processes learn it from their common gradient
-                (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
-            batch = fetch()  # the next, while a GPU still computes
-        norm = clip(run, parameters)
-        finite = math.isfinite(norm)
-        if finite:
-            if place < args.freeze_last_layer * run.stage:
-                system.student.rest_prototypes()
-            run.optimizer.step()
-            if args.teacher == "ema":
-                ema_update(system.teacher, system.student, momentum)
-            run.skipped[1] = 0
-        else:
-            system.state = remembered
-            skip(run, log, dict(loss=loss.item(), lr=lr, weight_decay=decay, momentum=momentum))
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step, steps = step + 1, steps + 1
-        bar.update(args.batch_size)
-
-        evaluating = run.test_set is not None and (run.step % every == 0 or run.step == run.stop)
-        saving = run.step % args.save_every == 0 or run.step == run.stop
-        logging = evaluating or saving or run.step == 1 or run.step % args.log_every == 0
-        if logging or run.device.type == "cpu":
-            stopping = largest(max(run.asked, default=0), run.device)
-        row = {}
-        if logging or stopping:
-            rate = steps * args.batch_size / (time.perf_counter() - since)
-            row = dict(step=run.step, epoch=run.step * args.batch_size / len(run.train_set),
-                       **numbers(run, dict(loss=loss, **logs)),
-                       lr=lr, weight_decay=decay, momentum=momentum, gradient_norm=norm,
-                       **(panel(*points) if finite else {}), skipped_steps=run.skipped[0],
-                       images_per_second=rate, data_seconds=waited / steps)
-            row = {name: rounded(x) for name, x in row.items()}
-            run.train_set.share()
-        # saved before it is evaluated, which can take long; not while steps are being skipped
-        if (saving or evaluating) and finite or stopping or run.step == run.stop:
-            save_run(run, row | dict(evaluating=int(evaluating)))
-        if row and not (evaluating and stopping):
-            log.write(row | (evaluate(run) if evaluating else {}))
-            since, waited, steps = time.perf_counter(), 0.0, 0
-        if stopping:
-            break
-
-    bar.close()
-    watch.over = True
-    if not os.path.exists(run.places[0]):  # taken from elsewhere, and there was nothing left to do
-        save_run(run)
-    if run.rank == 0:
-        try:
-            analyze.curves(args.out_dir)
-            if not stopping:  # seconds count
-                analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
-                              (run.train_set, run.test_set))
-        except (OSError, ValueError) as error:  # a full disk; or no checkpoint, for one was full
-            warn(f"could not draw into {args.out_dir} ({error})")
-        done = "stopped" if stopping else "finished"
-        print(f"{done} at step {run.step} of {run.total}: see {args.out_dir}")
-    if run.world > 1:
-        dist.destroy_process_group()
-    return 128 + stopping if stopping else 0  # a scheduler restarts it; the same command goes on
-
-
+@record
 def main():
-    args, parser, run = parse(), options(), None
+    args, parser = parse(), options()
+    with parser.one_line_errors():
+        # -- processes
+        rank, world, device = start_processes(args.device, args.timeout)
+
+        # -- data
+        train_set, test_set = load_data(args.data, args.data_path, args.image_size)
+        if len(train_set) < args.batch_size:
+            raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train_set)} "
+                             "training images")
+        total = round((args.epochs or 20) * (len(train_set) // args.batch_size))
+        total = args.max_steps if args.max_steps and not args.epochs else total
+        stop = min(total, args.max_steps or total)
+        if stop < args.stages:
+            raise ValueError(f"{stop} steps ({len(train_set)} images, batches of "
+                             f"{args.batch_size}) are less than one for each of --stages "
+                             f"{args.stages}: raise --epochs (now {args.epochs or 'not given'}) "
+                             "or --max-steps")
+
+        # -- student, teacher, optimizer. Weight decay: matrices only. eps: relations do not see
+        # norm.bias, attention not the bias of its keys; the usual 1e-8 would raise the rounding
+        # noise of their gradients to full steps
+        system = System(args).to(device)
+        parameters = [p for p in system.parameters() if p.requires_grad]
+        groups = [dict(params=[p for p in parameters if p.dim() in (2, 4)]),
+                  dict(params=[p for p in parameters if p.dim() in (1, 3)])]
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-6,
+                                      fused=device.type != "mps")
+
+        # -- resume
+        args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{args.data}"
+        start, skipped, row = resume(args, system, optimizer, train_set)
+        for other, seen in enumerate(all_gather((start, len(train_set)))):
+            if seen != (start, len(train_set)):
+                raise ValueError(f"rank {other} found (step, images) {seen} and rank {rank} "
+                                 f"{(start, len(train_set))}: all must see the same files")
+        if rank == 0:
+            open_folder(args, start)
+            if test_set is None:
+                print(f"{args.data_path} has no classes, or no val/ or test/: training without "
+                      "k-NN")
     try:
-        run = prepare(args)
-    except ValueError as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    try:
-        return train(run)
+        return train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row)
     except UnreadableImages as error:
         parser.error(error)
-    except RuntimeError:
-        gone = run.watch.gone() if run.world > 1 else []
-        if run.asked:  # a signal for all, and another process has left already
-            return 128 + run.asked[-1]
-        if not gone:
-            raise
-        print(f"process {run.rank} leaves at step {run.step}, because {run.watch.names(gone)} is "
-              "gone; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 1
+
+
+def train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row):
+    """The loop, from step `start` to `stop` -> exit status; `row`: saved, but not yet logged."""
+    rank, world = ranks()
+    device, asked = next(system.parameters()).device, listen()
+    log, network = Log(args.out_dir, start, rank == 0), distribute(args, system, world)
+    stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
+
+    def alive(evaluating=True):  # at every step, and at every batch of an evaluation
+        watch(args.timeout)
+        if evaluating and asked:  # the state was saved before the evaluation
+            sys.exit(128 + asked[-1])
+
+    def measure(pool=args.pool):
+        return evaluate(args, system, (train_set, test_set), pool, device, alive)
+
+    if start == 0:
+        log.write(dict(step=0, epoch=0.0) | (untrained(measure) if test_set else {}))
+    elif row and (not log.rows or log.rows[-1]["step"] < start):
+        log.write(row | (measure() if row.pop("evaluating") else {}))
+    batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
+    bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
+               unit_scale=True, disable=None if rank == 0 else True)
+    done, in_a_row, left_by = start, 0, 0
+    for step in range(start, stop):
+        alive(evaluating=False)
+        stage, place = divmod(step, stage_length)
+        if stage and not place:
+            system.next_stage(stage)
+        lr, decay, momentum = schedules(place, stage_length, args)
+        for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
+            group.update(lr=lr, weight_decay=weight_decay)
+        centers = dict(system.state)
+        loss, logs, points = backward(args, system, network, batches, step, place / stage_length)
+        norm = clip(system, args.clip_grad, args.clip_each)
+        finite = math.isfinite(norm)
+        if finite:
+            if place < args.freeze_last_layer * stage_length:
+                system.student.freeze_prototypes()
+            optimizer.step()
+            if args.teacher == "ema":
+                ema_update(system.teacher, system.student, momentum)
+            in_a_row = 0
+        else:  # as if the step had not been
+            system.state, skipped, in_a_row = centers, skipped + 1, in_a_row + 1
+            complain(args, len(train_set), step, stop, lr, in_a_row)
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        bar.update(args.batch_size)
+        evaluating = test_set is not None and (done % every == 0 or done == stop)
+        saving = evaluating or done % args.save_every == 0 or done == stop
+        logging = saving or done == 1 or done % args.log_every == 0
+        if logging or device.type == "cpu":  # a GPU would have to wait at every step
+            left_by = largest(max(asked, default=0), device)
+        if logging or left_by:
+            row = dict(step=done, epoch=done * args.batch_size / len(train_set),
+                       **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
+                       weight_decay=decay, momentum=momentum, gradient_norm=norm,
+                       **(panel(*points) if finite else {}), skipped_steps=skipped,
+                       **batches.speed(args))
+            # saved before it is evaluated, which can take long; not while steps are being skipped
+            if rank == 0 and (saving and finite or left_by or done == stop):
+                save(args, system, optimizer, train_set, step=done, skipped_steps=skipped,
+                     row=row | dict(evaluating=evaluating))
+            if not (left_by and evaluating):  # else the resumed run evaluates
+                log.write(row | (measure() if evaluating else {}))
+            batches.restart()
+        if left_by:
+            break
+    bar.close()
+    if rank == 0:
+        finish(args, system, optimizer, train_set, test_set, done, total, skipped, left_by)
+    watch(None)
+    if world > 1:
+        dist.destroy_process_group()
+    return 128 + left_by if left_by else 0  # a scheduler restarts it; the same command continues
+
+
+def finish(args, system, optimizer, train_set, test_set, done, total, skipped, left_by):
+    """The pictures of a run, and where everything is."""
+    if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # --resume of a finished
+        save(args, system, optimizer, train_set, step=done, skipped_steps=skipped)  # run's path
+    try:
+        analyze.curves(args.out_dir)
+        if not left_by:  # seconds count then
+            analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
+                          (train_set, test_set))
+    except (OSError, ValueError) as error:  # a full disk; or no checkpoint, because it was full
+        warn(f"could not draw into {args.out_dir} ({error})")
+    print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see {args.out_dir}")
 
 
 if __name__ == "__main__":
-    leave_by(main)
+    sys.exit(main())

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import warnings
-import zipfile
 
 import torch
 
@@ -25,80 +24,60 @@ def write_file(path, write, keep=None):
 
     `keep`: where the file that was there goes. OSError and RuntimeError say why it was not written.
     """
-    path = os.fspath(path)
+    temporary = f"{os.fspath(path)}.tmp"
     try:
-        with open(path + ".tmp", "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
-            try:  # a second name: there is a whole file under `path` at every moment
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(keep + ".tmp")
-                os.link(path, keep + ".tmp")
-                os.replace(keep + ".tmp", keep)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(keep)
+            try:
+                os.link(path, keep)  # a second name: `path` is a whole file at every moment
             except OSError:  # not every disk has links
                 os.replace(path, keep)
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk needs the room
-            os.unlink(path + ".tmp")
+            os.unlink(temporary)
         raise
-    with contextlib.suppress(OSError):  # the new name itself to disk, where folders can be opened
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_file(path):
     """The dict in a file of plain tensors. Pickled code is refused, not run."""
     path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path}")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("no file")  # a pipe would be waited for
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # only where such a file is read
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:  # torch writes each byte once, as it is
-                if (any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
-                        or sum(x.file_size for x in parts.infolist()) > os.path.getsize(path)):
-                    raise ValueError("a bomb")
-                if parts.testzip():
-                    raise ValueError("damaged")
         with (torch.serialization.safe_globals([argparse.Namespace]),  # in the official files
               warnings.catch_warnings(action="ignore")):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(file, dict):
+            raise TypeError("no dict")
+        return file
     except ImportError as error:
         raise ValueError(f"{path}: reading .safetensors needs the package safetensors: "
                          "pip install safetensors") from error
-    except Exception as error:  # whatever a hostile or broken file provokes
+    except Exception as error:  # whatever a broken or hostile file provokes
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written "
                          "by train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
 
 
-def is_plain(x):
-    """A dense tensor of floats, in memory, no place of which is there twice by a stride of 0."""
-    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-            and x.is_floating_point()
-            and x.numel() * x.element_size() <= x.untyped_storage().nbytes())
-
-
 def misfits(own, weights, optional=()):
-    """What keeps `weights` from being loaded over `own`, dicts of tensors: a list of sentences."""
+    """Reasons why `weights` cannot be loaded over `own`, dicts of tensors: a list of sentences."""
     if not isinstance(weights, dict):
         return [f"a {type(weights).__name__} in place of tensors by name"]
     wrong = [f"missing {name}" for name in own if name not in weights and name not in optional]
     for name, x in weights.items():
         if name not in own:
             wrong.append(f"unexpected {str(name)[:80]}")
-        elif not is_plain(x):
-            wrong.append(f"{name} is no plain tensor of floats")
+        elif not is_floats(x):
+            wrong.append(f"{name} is no dense tensor of floats")
         elif x.shape != own[name].shape:
             wrong.append(f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}")
         elif not x.float().isfinite().all():
@@ -106,8 +85,12 @@ def misfits(own, weights, optional=()):
     return wrong
 
 
+def is_floats(x):
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()
+
+
 def listed(wrong):
-    """The first of many complaints, and how many more there are."""
+    """The first complaints, and how many more there are."""
     return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
 
 
@@ -128,8 +111,8 @@ def from_hugging_face(weights):
         renamed[name] = x
     for name in [name for name in renamed if ".attention.attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        shapes = {(x.shape, x.dtype) for x in map(renamed.get, parts) if x is not None and x.dim()}
-        if all(part in renamed for part in parts) and len(shapes) == 1:
+        if len({renamed[part].shape for part in parts if part in renamed}) == 1 and all(
+                part in renamed for part in parts):
             joined = name.replace(".attention.attention.query.", ".attn.qkv.")
             renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
@@ -166,13 +149,10 @@ def read_weights(path):
     v3's base_encoder; else the only one. Heads, MAE's decoder (with its mask token of decoder
     width), timm's classifier and Hugging Face's pooler are left out.
     """
-    file = read_file(path)
-    inner = file
+    file = weights = read_file(path)
     for name in ("teacher", "state_dict", "model", "student"):
-        if isinstance(inner, dict) and isinstance(inner.get(name), dict):
-            inner = inner[name]
-    weights = inner if isinstance(inner, dict) else {}
-    weights = {str(name): x for name, x in weights.items() if is_plain(x)}
+        weights = weights[name] if isinstance(weights.get(name), dict) else weights
+    weights = {str(name): x for name, x in weights.items() if is_floats(x)}
     if any(name.endswith("embeddings.cls_token") for name in weights):
         weights = from_hugging_face(weights)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]

@@ -121,7 +121,7 @@ def test_the_best_k_is_chosen_on_held_out_references(folder, checkpoint, monkeyp
     labels = (torch.arange(40) % 5 < 2).long()  # 24 in one direction, 16 in another
     tests = torch.eye(2)[[1, 1]], torch.tensor([0, 0])  # nearest wrong, majority right
     features = [(torch.eye(2)[labels], labels), tests]
-    monkeypatch.setattr(eval_knn, "labelled_features", lambda *_: features)
+    monkeypatch.setattr(eval_knn, "cached_features", lambda *_: features)
     _, found = evaluate(eval_knn, checkpoint, folder, "--k", 1, 36, "--temperature", 1e6)
     assert (found["knn_top1_k1"], found["knn_top1_k36"]) == (0, 100)
     assert found["k"] == 1 and found["knn_top1"] == 0  # not the k that is best on the test

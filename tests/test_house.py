@@ -15,14 +15,12 @@ MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "textures": "randomness",
     "data": "randomness textures",
     "weights": "model",
-    "launch": "weights",
-    "checkpoint": "weights",
     "objectives": "losses model randomness weights",
-    "eval_knn": "model data weights launch",
-    "eval_linear": "data randomness launch eval_knn",
-    "analyze": "losses masking model randomness textures data weights launch checkpoint objectives",
-    "train": "losses masking model randomness data weights launch checkpoint objectives eval_knn analyze",
-    "bench": "losses masking model randomness textures data launch objectives eval_knn eval_linear train"}
+    "eval_knn": "data model weights",
+    "eval_linear": "data eval_knn randomness",
+    "analyze": "losses masking model data randomness textures weights objectives eval_knn",
+    "train": "losses masking model data randomness weights objectives eval_knn analyze",
+    "bench": "losses masking model data randomness textures objectives eval_knn eval_linear train"}
 README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

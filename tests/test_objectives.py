@@ -363,7 +363,7 @@ def test_patches_that_no_term_reads_are_left_out_of_the_last_block(loss, tokens)
 def test_resting_prototypes_lose_their_gradient_and_nothing_else_does():
     system = build("dino+ibot+moco", "")
     system(*batch(system.args))[0].backward()
-    system.student.rest_prototypes()
+    system.student.freeze_prototypes()
     assert {name for name, p in system.student.named_parameters() if p.grad is None} == {
         "heads.dino.prototypes", "heads.ibot.prototypes"}
 

@@ -33,7 +33,7 @@ FORKS.set_forkserver_preload(["train", "eval_knn", "eval_linear"])
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = ROOT / "train.py"
 STEPS = 20
-NORMED = {"simclr", "moco", "byol"}  # their BatchNorm sees the images of one process
+NORMED = {"simclr", "moco", "byol"}  # BatchNorm raises rounding errors above 1e-4
 LOSSES = sorted({*OBJECTIVES} - NORMED)
 BY_FOUR = ["ibot", "rkd"]  # gathered relations, and a centre moved by all processes
 SMALL = ("--prototypes 24 --projection 12 --head-hidden 20 --decoder 64 1 --no-head-batchnorm "
@@ -215,7 +215,7 @@ def test_a_problem_of_one_process_ends_all_and_its_text_is_said(rank, base, star
 
 @pytest.mark.parametrize("script, sizes, more", [
     (eval_knn, (41, 2), []),  # the third process has no test image
-    (eval_linear, (31, 4), ["--augment", "--batch-size", 2, "--epochs", 3])])
+    (eval_linear, (29, 60), ["--augment", "--batch-size", 4, "--epochs", 3])])
 def test_three_processes_measure_what_one_does(
         script, sizes, more, undisturbed, start, tmp_path, monkeypatch, capsys):
     words = [script.__file__, "--checkpoint", undisturbed / "checkpoint.pt", "--device", "cpu",

@@ -16,16 +16,14 @@ from conftest import call, parse, write_textures
 from model import ema_update
 from objectives import System
 
-OPTIONS_ARE_READ_IN = "train.py objectives.py checkpoint.py".split()
+OPTIONS_ARE_READ_IN = "train.py objectives.py".split()
 FILES = "args.json checkpoint.pt curves.png log.jsonl masks.png".split()
 CPU = "--data folder --batch-size 8 --device cpu --workers 0 --log-every 2".split()
 
 
 def masks(args, step=0, piece=0, weak=None, system=None):
-    """Adapter: the masks of the global views of a step's piece, (views · images, patches)."""
-    run = SimpleNamespace(args=args, system=system or System(args), rank=0, world=1,
-                          device=torch.device("cpu"))
-    return train.draw_masks(run, step, piece, weak)
+    """The masks of the global views of a step's piece, (views · images, patches)."""
+    return train.draw_masks(args, system or System(args), step, piece, weak)
 
 
 def order(rank=0, world=1, pieces=1, start=0, seed=0):

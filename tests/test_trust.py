@@ -105,8 +105,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_undisturbed(kills, base, tmp
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        for path in out.glob("*.pt"):
-            torch.load(path, weights_only=True)
+        assert all(torch.load(path, weights_only=True)["step"] for path in out.glob("*.pt"))
         if process.exitcode == 0 or kill == kills - 1:
             assert run(out, options) == 0
             assert_same_run(out, tmp_path / "whole")
@@ -176,7 +175,7 @@ def test_a_run_from_a_given_state_later_resumes_its_own(base, tmp_path):
 
 
 @pytest.mark.parametrize("place, step, number", [
-    ("step", 2, signal.SIGINT), ("step", 3, signal.SIGUSR1), ("step", 6, signal.SIGTERM),
+    ("step", 5, signal.SIGINT), ("step", 3, signal.SIGUSR1), ("step", 6, signal.SIGTERM),
     ("evaluation", 0, signal.SIGTERM), ("evaluation", 3, signal.SIGINT)])
 def test_a_signal_saves_and_ends_a_run_that_is_then_resumed_bitwise(
         place, step, number, base, whole, tmp_path):
@@ -195,18 +194,20 @@ def test_a_signal_saves_and_ends_a_run_that_is_then_resumed_bitwise(
 
 
 def test_a_full_disk_is_a_warning_keeps_the_old_states_and_later_has_room_again(
-        base, whole, tmp_path, monkeypatch, capsys, request):
+        base, whole, tmp_path, monkeypatch, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     def limit(room):  # no file can grow past it
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     assert run(tmp_path, base, "--max-steps", 3) == 0
     before = bytes_in(tmp_path)
-    request.addfinalizer(lambda: limit(soft))
     each_step(monkeypatch, lambda count, loss: limit(0 if count < 5 else soft) or loss)
-    assert run(tmp_path, base) == 0
-    assert "warning: could not save" in capsys.readouterr().err
-    assert bytes_in(tmp_path) | {"args.json": before["args.json"]} == before
-    assert run(tmp_path, base) == 0  # full in the first of these three steps
+    try:
+        assert run(tmp_path, base) == 0
+        assert "warning: could not save" in capsys.readouterr().err
+        assert bytes_in(tmp_path) | {"args.json": before["args.json"]} == before
+        assert run(tmp_path, base) == 0  # full in the first of these three steps
+    finally:
+        limit(soft)
     assert_same_run(tmp_path, whole)
 
 
@@ -243,7 +244,6 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_is_counted(
     each_step(monkeypatch, lambda count, loss: BAD[kind](loss) if count == 1 else loss)
     assert run(tmp_path, options, "--max-steps", 3) == 0
     assert "step 3" in capsys.readouterr().err
-    assert state_of(tmp_path)["step"] == 3
     assert_close(tensors(tmp_path), before, rtol=0, atol=0)
     assert run(tmp_path, options) == 0
     assert [row.get("skipped_steps", 0) for row in rows_of(tmp_path)] == [0, 0, 0, 1, 1, 1, 1]
@@ -262,7 +262,7 @@ def test_five_such_steps_in_a_row_end_a_run_in_a_line(base, tmp_path, monkeypatc
 def test_a_collapse_is_warned_of_once_also_over_a_resume(base, tmp_path, monkeypatch, capsys):
     good = dict(effective_rank=10.0, feature_std=1.0)
     bad = dict(effective_rank=2.0, feature_std=0.05)
-    for stop, panel, warnings in ((6, good, 0), (12, bad, 2), (18, good, 0), (24, bad, 0)):
+    for stop, panel, warnings in ((6, good, 0), (12, bad, 1), (18, bad, 0)):
         monkeypatch.setattr(train, "panel", lambda *_, now=panel: now)
         assert run(tmp_path, base, "--epochs", 12, "--eval-every", 99, "--max-steps", stop) == 0
         said = capsys.readouterr().err

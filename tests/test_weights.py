@@ -103,6 +103,7 @@ def test_safetensors_hold_the_same_as_pickles(tmp_path):
 
 def test_safetensors_without_the_package_asks_for_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="model.safetensors: .* pip install safetensors"):
         load_backbone(small(3), tmp_path / "model.safetensors")
 
