@@ -75,7 +75,7 @@ def layouts():
         "ours": {"student": other, "teacher": prefixed("backbone.", full) | dino_head, "step": 7},
         "ours without a teacher": {"frozen": other, "student": prefixed("backbone.", full)},
         "compiled and distributed": prefixed("module._orig_mod.backbone.", full),
-        "student and teacher in one dict": prefixed("student.", other) | prefixed("teacher.", full),
+        "both in one dict": prefixed("student.", other) | prefixed("teacher.backbone.", full),
         "timm": timm | head,
         "dino": dino,
         "ibot": dino | {"teacher": dino["teacher"] | {"backbone.masked_embed": token[0]}},
@@ -208,11 +208,11 @@ def export(monkeypatch, *words):
 
 def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, monkeypatch, capsys):
     vit, images = network(), noise(2, 3, 24, 24)
-    path = written(tmp_path, {"args": TINY, "student": vit.state_dict()})
-    export(monkeypatch, "--checkpoint", path, "--export", tmp_path / "out.pt")
-    weights = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert weights.keys() == without(vit.state_dict(), "mask_token").keys()
+    path, out = written(tmp_path, {"args": TINY, "student": vit.state_dict()}), tmp_path / "out.pt"
+    export(monkeypatch, "--checkpoint", path, "--export", out)
+    assert [*torch.load(out, weights_only=True)] == [*without(vit.state_dict(), "mask_token")]
     recipe = capsys.readouterr().out.split("in timm:\n")[1]
+    assert "num_heads=3)" in recipe
     scope = {"timm": pytest.importorskip("timm"), "torch": torch}
     exec(recipe, scope)
     assert_close(scope["vit"].eval().forward_features(images), vit(images), atol=1e-5, rtol=0)
