@@ -2,53 +2,52 @@
 
     ratio = time of the reference / time of ours, both in this process, taking turns
 
-The references stand here, written as the papers' own code does it: a tensor of all differences, a
-forward a view, a loop over parameters. tests/test_bench.py holds each to what it is compared with,
-in float64. A ratio can be checked on any machine; seconds cannot. Medians of interleaved
-repetitions, with the quartiles of the ratio; on a CPU one thread and the peak of the resident
-memory (Linux), on a GPU that of the allocator.
+    angle N        angle relation of N points; reference: all cosines at once
+    ibot, dino     training step, 2 x 224 px, batch 8; reference: a forward per view
+    dropped        student with 75 % of its patches left out; reference: mask tokens
+    fresh views    training step at 32 px with new views; reference: the same views again
+    views          500 x 375 JPEGs to 2 x 224 + 8 x 96 px; reference: PIL
+    block masks    1024 masks of 14 x 14 patches; reference: BEiT's generator
+    k-NN           200 queries, four k; reference: one search per k
+    probe          linear probe at ten learning rates; reference: one probe per learning rate
+    train          on a GPU, without a reference: images/s, peak memory and utilisation
+
+tests/test_bench.py holds each reference to our result. A ratio can be checked on any machine,
+seconds cannot. Printed are medians, quartiles of the ratio and peak memory: of the process on a
+CPU (Linux, one thread), of the allocator on a GPU.
 
     python bench.py --quick              # two minutes; without it, ten
     python bench.py --only angle views   # some rows
-    python bench.py --scale scale.png    # the cost of relations, steps and processes as they grow
-    python bench.py --only train --arch vit_small --batch-size 256         # on a GPU: images/s, MFU
-
-Left out: absolute claims about other people's code, which has other aims.
+    python bench.py --scale scale.png    # time and memory of the relations as their points grow
+    python bench.py --only train --arch vit_small --batch-size 256         # on a GPU
 """
-import contextlib
 import ctypes
 import io
-import itertools
 import json
 import math
-import os
-import platform
+import multiprocessing
 import random
-import socket
 import statistics
-import sys
-import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms as T
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import encode_jpeg
 
 import train
-from data import (COLOUR_DRAWS, MEAN, STD, Images, collate, colour, coloured, cut, train_batches,
-                  unit)
+from data import MEAN, STD, Folder, load_data, train_batches
 from eval_knn import Parser, knn_scores, whole
 from eval_linear import Heads
 from losses import rkd_angle_loss, rkd_distance_loss
 from masking import block_mask, random_mask
-from model import ARCHS, VisionTransformer, ema_update
-from objectives import System, gather
-from randomness import uniform
-from textures import TEXTURES, textures
+from model import ARCHS, ema_update
+from objectives import System
 
 
 # ---- relations -----------------------------------------------------------------------------------
@@ -57,13 +56,11 @@ def dense_distance(student, teacher):
     """RKD-D from all differences: (N, N, D) in memory."""
     def normalized(x):
         distances = (x.unsqueeze(0) - x.unsqueeze(1)).norm(dim=-1)
-        N = len(x)
         return distances / (distances.sum() / (N * (N - 1)))
 
     N = len(student)
-    with torch.no_grad():
-        target = normalized(teacher)
-    return F.smooth_l1_loss(normalized(student), target) * N / (N - 1)
+    loss = F.smooth_l1_loss(normalized(student), normalized(teacher.detach()))
+    return loss * N / (N - 1)  # distinct pairs only
 
 
 def dense_angle(student, teacher):
@@ -73,21 +70,15 @@ def dense_angle(student, teacher):
         return unit @ unit.mT
 
     N = len(student)
-    with torch.no_grad():
-        target = cosines(teacher)
-    return F.smooth_l1_loss(cosines(student), target) * N**2 / ((N - 1) * (N - 2))
+    loss = F.smooth_l1_loss(cosines(student), cosines(teacher.detach()))
+    return loss * N**2 / ((N - 1) * (N - 2))  # distinct triplets only
 
 
-def relation(N, ours, dense, device, D=256):
-    student = torch.randn(N, D, device=device, requires_grad=True)
-    teacher = torch.randn(N, D, device=device)
-
-    def step(loss):
-        def run():
-            student.grad = None
-            loss(student, teacher).backward()
-        return run
-    return step(dense) if dense else None, step(ours)
+def relation(loss, N, device):
+    """Forward and backward of a relation between N points, as a function to time."""
+    student, teacher = torch.randn(2, N, 256, device=device)
+    student.requires_grad_()
+    return lambda: torch.autograd.grad(loss(student, teacher), student)
 
 
 # ---- a step of training --------------------------------------------------------------------------
@@ -106,38 +97,32 @@ def plain_vit(vit, images, mask=None):
     return vit.norm(x)
 
 
-def plain_cross_entropy(student, teacher, center, args):
-    target = ((teacher - center) / args.teacher_temperature[0]).softmax(-1)
-    return -(target * (student / args.temperature).log_softmax(-1)).sum(-1)
-
-
 def plain_dino(system, views, mask=None):
-    """DINO, a forward for each view; mask: iBOT, with the head on every token of every view."""
-    args, name = system.args, "dino" if mask is None else "ibot"
-    masks = [None] * len(views) if mask is None else mask.chunk(len(views))
-    student, teacher = system.student, system.teacher
+    """DINO of two views, a forward per view; with a mask iBOT, the head on every token."""
+    def logits(network, view, hidden=None):
+        return network.heads[name](plain_vit(network.backbone, view, hidden)[:, tokens])
+
+    def cross_entropy(student, teacher, center):
+        target = ((teacher - center) / system.args.teacher_temperature[0]).softmax(-1)
+        return -(target * (student / system.args.temperature).log_softmax(-1)).sum(-1)
+
+    name, tokens, masks = "dino", slice(0, 1), [None, None]
+    if mask is not None:
+        name, tokens, masks = "ibot", slice(None), mask.to(views[0].device).chunk(2)
     with torch.no_grad():
-        theirs = [plain_vit(teacher.backbone, view) for view in views]
-        theirs = [teacher.heads[name](x if mask is not None else x[:, 0]) for x in theirs]
-    ours = [plain_vit(student.backbone, *both) for both in zip(views, masks)]
-    ours = [student.heads[name](x if mask is not None else x[:, 0]) for x in ours]
-    if mask is None:
-        pairs = [(s, t) for (i, s), (j, t) in itertools.product(enumerate(ours), enumerate(theirs))
-                 if i != j]
-        loss = sum(plain_cross_entropy(*pair, system.state[name], args).mean() for pair in pairs)
-        batch = torch.cat(theirs).mean(0)
-        system.state[name] = 0.9 * system.state[name] + 0.1 * batch
-        return loss / len(pairs)
-    image = sum(plain_cross_entropy(ours[i][:, 0], theirs[1 - i][:, 0], system.state[name],
-                                    args).mean() for i in range(2)) / 2
-    patch = 0
-    for s, t, hidden in zip(ours, theirs, masks):
-        each = plain_cross_entropy(s[:, 1:], t[:, 1:], system.state["ibot_patch"], args)
-        patch = patch + ((each * hidden).sum(1) / hidden.sum(1).clamp_min(1)).mean() / 2
-    for key, part in ((name, slice(0, 1)), ("ibot_patch", slice(1, None))):
-        batch = torch.stack([t[:, part] for t in theirs]).mean((0, 1, 2))
-        system.state[key] = 0.9 * system.state[key] + 0.1 * batch
-    return image + patch
+        teacher = [logits(system.teacher, view) for view in views]  # (B, 1 or 1 + N, K) each
+    student = [logits(system.student, *both) for both in zip(views, masks)]
+    state, loss = system.state, 0
+    for s, t, other, hidden in zip(student, teacher, teacher[::-1], masks):
+        loss = loss + cross_entropy(s[:, 0], other[:, 0], state[name]).mean() / 2
+        if mask is not None:
+            each = cross_entropy(s[:, 1:], t[:, 1:], state["ibot_patch"]) * hidden  # (B, N)
+            loss = loss + (each.sum(1) / hidden.sum(1).clamp_min(1)).mean() / 2
+    mean = (teacher[0] + teacher[1]).mean(0) / 2  # (1 or 1 + N, K)
+    state[name] = 0.9 * state[name] + 0.1 * mean[0]
+    if mask is not None:
+        state["ibot_patch"] = 0.9 * state["ibot_patch"] + 0.1 * mean[1:].mean(0)
+    return loss
 
 
 def plain_ema(teacher, student, momentum):
@@ -147,540 +132,300 @@ def plain_ema(teacher, student, momentum):
 
 def training_system(loss, arch, device, batch, size=224, **options):
     """(system, views, mask) of one batch, with the published heads."""
-    words = {"loss": loss, "arch": arch, "image-size": size, "patch-size": 16, "pool": "cls",
-             "prototypes": 8192, "projection": 256, "head-hidden": 2048} | options
-    args = train.parse([*itertools.chain(*(([f"--{name}", str(x)]) for name, x in words.items())),
-                        "--no-head-batchnorm"])
-    args.temperature = args.temperature or 0.1
+    options = {"image-size": size, "patch-size": 16, "pool": "cls", "prototypes": 8192,
+               "projection": 256, "head-hidden": 2048, "temperature": 0.1} | options
+    args = train.parse([f"--loss={loss}", f"--arch={arch}", f"--batch-size={batch}",
+                        "--no-head-batchnorm", *(f"--{name}={x}" for name, x in options.items())])
     system = System(args).to(device)
-    random_numbers = torch.Generator().manual_seed(0)
-    views = [torch.randn(batch, 3, size, size, generator=random_numbers).to(device)
-             for _ in range(args.global_crops)]
-    args.batch_size, args.grad_accum = batch, 1
+    views = list(torch.randn(args.global_crops, batch, 3, size, size).to(device))
     return system, views, train.draw_masks(args, system, 0, 0, views)
 
 
-def step(loss, arch, device, batch):
-    """A whole step, plain and ours: loss, gradient, clipping, AdamW, moving average."""
-    def contender(plain):
-        system, views, mask = training_system(loss, arch, device, batch)
-        parameters = [p for p in system.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False, fused=not plain)
+def stepper(system, plain=False, autocast=False):
+    """A function of (views, mask): loss, gradient, clipping, AdamW and moving average."""
+    parameters = [p for p in system.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False, fused=not plain)
 
-        def run():
-            if plain:
-                value = plain_dino(system, views, mask)
-            else:
-                value = system(views, views, mask)[0]
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 3.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    def step(views, mask):
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=autocast):
+            loss = plain_dino(system, views, mask) if plain else system(views, views, mask)[0]
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 3.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if system.teacher:
             (plain_ema if plain else ema_update)(system.teacher, system.student, 0.99)
-        return run
-    return contender(True), contender(False)
+    return step
+
+
+def training_step(loss, arch, device):
+    contenders = []
+    for plain in (True, False):
+        system, views, mask = training_system(loss, arch, device, 8)
+        contenders.append(partial(stepper(system, plain), views, mask))
+    return contenders
 
 
 def fresh_views(device, batch):
-    """A step of `rkd` on images of 32 px in memory: the same views again, or new ones each time."""
     system, _, mask = training_system("rkd", "vit_mini", device, batch, 32, **{"patch-size": 4})
-    data, parameters = Images(*textures(2000, 0)[:2], TEXTURES), list(system.student.parameters())
-    orders = ((0, torch.randperm(len(data))[:batch]) for _ in itertools.count())
-    batches = train_batches(data, orders, [(32, (0.4, 1.0))] * 2, 0, torch.device(device),
-                            weak=False, jitter=0.4, hue=0.1)
-    _, _, again = next(batches)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def run(views):
-        system(views, views, mask)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_update(system.teacher, system.student, 0.99)
-    return lambda: run(again), lambda: run(next(batches)[2])
+    data, _ = load_data("textures")
+    batches = train.open_batches(system.args, data, 0, 10**9, 0, 1, torch.device(device))
+    step, (_, _, same) = stepper(system), next(batches)
+    return lambda: step(same, mask), lambda: step(next(batches)[2], mask)
 
 
-def dropped(arch, device, batch, ratio=0.75, side=224):
+def dropped(device):
     """Forward and backward of a student with mask tokens, and with hidden patches left out."""
-    vit = ARCHS.get(arch, arch)(image_size=side, patch_size=16).to(device)
-    images = torch.randn(batch, 3, side, side, device=device)
-    mask = random_mask(batch, vit.grid, ratio)
-
-    def run(drop):
-        return lambda: vit(images, mask, drop).square().mean().backward()
-    return run(False), run(True)
+    vit = ARCHS["vit_tiny"]().to(device)
+    images, mask = torch.randn(8, 3, 224, 224, device=device), random_mask(8, vit.grid, 0.75)
+    return (lambda: vit(images, mask).square().mean().backward(),
+            lambda: vit(images, mask, drop=True).square().mean().backward())
 
 
 # ---- views and masks -----------------------------------------------------------------------------
 
 MULTI_CROP = [(224, (0.4, 1.0))] * 2 + [(96, (0.05, 0.4))] * 8
-COLOURS = [dict(jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=blur,
-                solarize_probability=solarize)
-           for blur, solarize in [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * 8]
+BLUR, SOLARIZE = [1.0, 0.1] + [0.5] * 8, [0.0, 0.2] + [0.0] * 8  # probabilities per view
 
 
-def photographs(count, folder=None, width=500, height=375):
-    """JPEGs of ImageNet's median size, as bytes: noise of two scales, or those in a folder."""
+def photographs(count, folder=None):
+    """JPEGs as bytes: of a folder, or noise of two scales at ImageNet's median size."""
     if folder:
-        found = [os.path.join(place, name) for place, _, names in os.walk(folder)
-                 for name in sorted(names) if name.lower().endswith((".jpg", ".jpeg"))]
-        return [open(path, "rb").read() for path in sorted(found)[:count]]
-    made, generator = [], torch.Generator().manual_seed(0)
-    for _ in range(count):
-        x = 0.5 + sum(scale * F.interpolate(torch.randn(1, 3, height // coarse, width // coarse,
-                                                        generator=generator), (height, width),
-                                            mode="bicubic")[0]
-                      for scale, coarse in ((0.2, 32), (0.05, 2)))
-        file = io.BytesIO()
-        T.functional.to_pil_image(x.clamp(0, 1)).save(file, "JPEG", quality=92)
-        made.append(file.getvalue())
-    return made
+        return [path.read_bytes() for path in sorted(Path(folder).rglob("*.[jJ]*[gG]"))[:count]]
+    generator, pixels = torch.Generator().manual_seed(0), 0.5
+    for amplitude, cell in ((0.2, 32), (0.05, 2)):
+        noise = torch.randn(count, 3, 375 // cell, 500 // cell, generator=generator)
+        pixels = pixels + amplitude * F.interpolate(noise, (375, 500), mode="bicubic")
+    return [encode_jpeg(x, quality=92).numpy().tobytes()
+            for x in (255 * pixels.clamp(0, 1)).byte()]
 
 
-def pil_pipeline(size, scale, blur_probability, solarize_probability, **_):
+def pil_pipeline(crop, blur, solarize):
     """DINO's augmentation of one crop: operations of torchvision and PIL in the published order."""
-    def maybe(probability, change):
-        return lambda image: change(image) if random.random() < probability else image
+    def blurred(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+
     return T.Compose([
-        T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomResizedCrop(*crop, interpolation=T.InterpolationMode.BICUBIC),
         T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-        T.RandomGrayscale(0.2),
-        maybe(blur_probability, lambda image: image.filter(
-            ImageFilter.GaussianBlur(random.uniform(0.1, 2)))),
-        maybe(solarize_probability, ImageOps.solarize), T.ToTensor(), T.Normalize(MEAN, STD)])
+        T.RandomGrayscale(0.2), T.RandomApply([blurred], p=blur),
+        T.RandomSolarize(128, p=solarize), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def views(images, on_device=False):
-    """Bytes -> batches of ten views: PIL crop by crop, and ours. on_device: colours cost nothing
-    here, for a GPU makes them."""
-    pipelines = [pil_pipeline(*view, **options) for view, options in zip(MULTI_CROP, COLOURS)]
+def views(files):
+    """JPEG bytes -> ten batches of views: PIL crop by crop, and ours."""
+    pipelines = [pil_pipeline(*view) for view in zip(MULTI_CROP, BLUR, SOLARIZE)]
+    folder = Folder([io.BytesIO(file) for file in files], [0] * len(files), ["one"])
 
     def plain():
-        pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in images]
-        return [torch.stack([change(picture) for picture in pictures]) for change in pipelines]
+        images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+        return [torch.stack([pipeline(image) for image in images]) for pipeline in pipelines]
 
     def ours():
-        crops, index, _ = collate([(cut(Image.open(io.BytesIO(file)).convert("RGB"), 0, i, 0,
-                                        MULTI_CROP), i, []) for i, file in enumerate(images)])
-        return crops if on_device else [
-            coloured(x, uniform(COLOUR_DRAWS, 0, 0, index, 1000 + view), COLOURS[view])
-            for view, x in enumerate(crops)]
+        batches = train_batches(folder, [(0, torch.arange(len(files)))], MULTI_CROP, 0,
+                                torch.device("cpu"), weak=False, jitter=0.4, hue=0.1,
+                                blur_probability=BLUR, solarize_probability=SOLARIZE)
+        return next(batches)[2]
     return plain, ours
 
 
-def grey_levels(files):
-    """Mean difference of our colours from PIL's by the same factors, of 255; PIL always rounds."""
-    crops, index, _ = collate([(cut(Image.open(io.BytesIO(file)).convert("RGB"), 0, i, 0,
-                                    MULTI_CROP), i, []) for i, file in enumerate(files)])
-    errors = []
-    for view, x in enumerate(crops):
-        draw = uniform(COLOUR_DRAWS, 0, 0, index, 1000 + view)
-        ours = colour(unit(x), draw, 0.4, 0.1, blur_probability=0)
-        for pixels, found, d in zip(x, ours, draw.tolist()):
-            image = T.functional.to_pil_image(pixels)
-            if d[0] < 0.8:
-                factors = [1 + 0.4 * (2 * number - 1) for number in d[1:4]]
-                image = T.functional.adjust_brightness(image, factors[0])
-                image = T.functional.adjust_contrast(image, factors[1])
-                image = T.functional.adjust_saturation(image, (1 + factors[2]) / 2)
-                image = T.functional.adjust_hue(image, 0.1 * (2 * d[4] - 1))
-            if d[5] < 0.2:
-                image = T.functional.rgb_to_grayscale(image, 3)
-            theirs = T.functional.pil_to_tensor(image).float()
-            errors.append((255 * found - theirs).abs().mean().item())
-    return statistics.mean(errors)
-
-
-def one_block_mask(gh, gw, count, least=16):
-    """BEiT's generator: rectangle by rectangle, cell by cell, of one image."""
-    mask, hidden = [[False] * gw for _ in range(gh)], 0
+def one_block_mask(side, count):
+    """BEiT's generator for one image: rectangle by rectangle, cell by cell."""
+    mask, hidden = [[False] * side for _ in range(side)], 0
     while hidden < count:
-        for _ in range(10):
-            area = random.uniform(least, max(least, count - hidden))
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < gh and w < gw:
-                top, left = random.randint(0, gh - h), random.randint(0, gw - w)
-                for i, j in itertools.product(range(top, top + h), range(left, left + w)):
+        area = random.uniform(16, max(16, count - hidden))
+        aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < side and width < side:
+            top, left = random.randint(0, side - height), random.randint(0, side - width)
+            for i in range(top, top + height):
+                for j in range(left, left + width):
                     if not mask[i][j] and hidden < count:
-                        mask[i][j], hidden = True, hidden + 1
-                break
+                        mask[i][j] = True
+                        hidden += 1
     return mask
 
 
 def block_masks(batch):
-    count = round(0.4 * 14 * 14)
-    return (lambda: torch.tensor([one_block_mask(14, 14, count) for _ in range(batch)]),
+    return (lambda: torch.tensor([one_block_mask(14, 78) for _ in range(batch)]),  # 40 %
             lambda: block_mask(batch, (14, 14), 0.4))
-
-
-def random_masks(batch):
-    def plain():
-        masks = torch.zeros(batch, 196, dtype=torch.bool)
-        for mask in masks:
-            mask[torch.randperm(196)[:147]] = True
-        return masks
-    return plain, lambda: random_mask(batch, (14, 14), 0.75)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
-def plain_knn(train_features, train_labels, test_features, num_classes, k, temperature=0.07):
-    """DINO's k-NN: a search for one k, one-hot votes, a hundred test images at a time."""
-    scores = []
-    for part in F.normalize(test_features, dim=1).split(100):
-        cos, nearest = (part @ F.normalize(train_features, dim=1).T).topk(k)
-        votes = F.one_hot(train_labels[nearest], num_classes)
-        scores.append((votes * (cos / temperature).exp().unsqueeze(2)).sum(1))
-    return torch.cat(scores)
-
-
 def knn(references, tests, ks=(10, 20, 100, 200), D=384, device="cpu", classes=1000):
-    features = torch.randn(references + tests, D, device=device)
+    """DINO's k-NN: a search per k, one-hot votes, a hundred tests at a time; and ours."""
+    known, asked = torch.randn(references + tests, D, device=device).split([references, tests])
     labels = torch.randint(classes, (references,), device=device)
-    known, asked = features[:references], features[references:]
-    return (lambda: [plain_knn(known, labels, asked, classes, k) for k in ks],
+
+    def plain(k):
+        scores = []
+        for part in F.normalize(asked, dim=1).split(100):
+            cos, nearest = (part @ F.normalize(known, dim=1).T).topk(k)
+            votes = F.one_hot(labels[nearest], classes)
+            scores.append((votes * (cos / 0.07).exp().unsqueeze(2)).sum(1))
+        return torch.cat(scores)
+
+    return (lambda: [plain(k) for k in ks],
             lambda: knn_scores(known, labels, asked, classes, ks))
 
 
-LRS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]
+def probe(count, epochs, D=384, classes=10, device="cpu"):
+    """Ten probes, each with its layer, optimizer and schedule, and ours: ten heads at once."""
+    lrs = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]
+    features = torch.randn(count, D, device=device)
+    labels = torch.randint(classes, (count,), device=device)
+    batches = list(zip(features.split(1024), labels.split(1024))) * epochs
 
-
-def plain_probe(features, labels, classes, lr, epochs, batch=1024):
-    """One linear layer, its optimizer and its schedule: what a sweep does once a learning rate."""
-    layer = nn.Linear(features.shape[1], classes).to(features)
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
-    total = epochs * math.ceil(len(features) / batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    for _ in range(epochs):
-        for x, y in zip(features.split(batch), labels.split(batch)):
+    def plain(lr):
+        layer = nn.Linear(D, classes, device=device)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+        for x, y in batches:
             optimizer.zero_grad()
             F.cross_entropy(layer(x), y).backward()
             optimizer.step()
             schedule.step()
-    return layer
+        return layer
+
+    def ours():
+        heads = Heads(lrs, D, classes, device)
+        for number, (x, y) in enumerate(batches):
+            heads.step(x, y, number / len(batches))
+        return heads
+    return lambda: [plain(lr) for lr in lrs], ours
 
 
-def fast_probe(features, labels, classes, epochs, batch=1024):
-    heads = Heads(LRS, features.shape[1], classes, features.device)
-    parts = list(zip(features.split(batch), labels.split(batch)))
-    for number, (x, y) in enumerate(parts * epochs):
-        heads.step(x, y, number / (epochs * len(parts)))
-    return heads
+# ---- the table -----------------------------------------------------------------------------------
 
+def rows(device, quick, images):
+    """name -> (maker of (reference, ours), items per call)."""
+    def angle(N):
+        return lambda: [relation(loss, N, device) for loss in (dense_angle, rkd_angle_loss)]
 
-def probe(count, epochs, D=384, classes=10, device="cpu"):
-    features = torch.randn(count, D, device=device)
-    labels = torch.randint(classes, (count,), device=device)
-    return (lambda: [plain_probe(features, labels, classes, lr, epochs) for lr in LRS],
-            lambda: fast_probe(features, labels, classes, epochs))
-
-
-# ---- the rows ------------------------------------------------------------------------------------
-
-def rows(args):
-    """name -> (maker of (reference or None, ours), items a call, what it is, target)."""
-    device, quick = args.device, args.quick
-    table = {}
-
-    def wanted(name):
-        return not args.only or any(name.startswith(word) for word in args.only)
-
-    def add(name, make, what, target="", items=0, full=False):
-        if wanted(name) and not (full and quick):
-            table[name] = (make, items, what, target)
-
-    for N in (64, 256, 512):
-        add(f"angle {N}", lambda N=N: relation(N, rkd_angle_loss, dense_angle, device),
-            f"angle relation, N = {N}, D = 256, forward and backward",
-            {256: "10 x, memory 25 x", 512: "memory 80 x"}.get(N, ""), full=N > 256)
-    add("angle 1024", lambda: relation(1024, rkd_angle_loss, None, device),
-        "N = 1024, where the dense way needs about 20 GB", full=True)
-    add("distance 256", lambda: relation(256, rkd_distance_loss, dense_distance, device),
-        "distance relation, N = 256, D = 256")
-    for loss, arch, target in (("ibot", "vit_tiny", "1.6 x, memory 1.5 x"),
-                               ("ibot", "vit_small", "1.4 x, memory 1.5 x"),
-                               ("dino", "vit_tiny", "1.2 x")):
-        add(f"{loss} {arch}", lambda loss=loss, arch=arch: step(loss, arch, device, 8),
-            f"{loss} step, 2 x 224 px, batch 8", target, items=8, full=arch != "vit_tiny")
-    add("dropped", lambda: dropped("vit_tiny", device, 8),
-        "student with 75 % of its patches left out, against mask tokens", "3.5 x", items=8)
+    files, known, features = (4, 10000, 5000) if quick else (8, 50000, 20000)
     batch = 64 if device == "cpu" else 512
-    add("fresh views", lambda: fresh_views(device, batch),
-        f"a step of ViT-mini/4, 32 px, batch {batch}, with new views against the same again",
-        "0.97 x on a GPU", items=batch)
-    if device == "cpu" and any(map(wanted, ("views", "views, colours on a GPU"))):
-        images = photographs(4 if quick else 8, args.images)
-        what = ("500 x 375 JPEGs to 2 x 224 + 8 x 96 px, one core; colours "
-                f"{grey_levels(images):.2f} grey levels from PIL's")
-        add("views", lambda: views(images), what, "2.5 x", items=len(images))
-        add("views, colours on a GPU", lambda: views(images, True), what, items=len(images))
+    table = {"angle 256": (angle(256), 1),
+             "ibot vit_tiny": (partial(training_step, "ibot", "vit_tiny", device), 8),
+             "dino vit_tiny": (partial(training_step, "dino", "vit_tiny", device), 8),
+             "dropped": (partial(dropped, device), 8),
+             "fresh views": (partial(fresh_views, device, batch), batch)}
     if device == "cpu":
-        add("block masks", lambda: block_masks(1024), "14 x 14, 40 %, 1024 at once", "20000 / s",
-            items=1024)
-        add("random masks", lambda: random_masks(1024), "14 x 14, 75 %, 1024 at once", items=1024)
-    known = 10000 if quick else 50000
-    add("k-NN", lambda: knn(known, 200, device=device), f"four k, {known} x 384 references",
-        "4 x", items=200)
-    add("k-NN, ImageNet", lambda: (None, knn(1281167, 64, device=device)[1]),
-        "four k, 1,281,167 x 384 references", items=64, full=True)
-    add("probe", lambda: probe(5000 if quick else 20000, 2, device=device),
-        "linear probe, ten learning rates", "6 x")
+        table["views"] = (lambda: views(photographs(files, images)), files)
+        table["block masks"] = (partial(block_masks, 1024), 1024)
+    table["k-NN"] = (partial(knn, known, 200, device=device), 200)
+    table["probe"] = (partial(probe, features, 2, device=device), 1)
+    if not quick:
+        table["angle 512"] = (angle(512), 1)
+        table["ibot vit_small"] = (partial(training_step, "ibot", "vit_small", device), 8)
     return table
 
 
-def timed(run, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def interleaved(contenders, device, seconds):
+    """Times of each contender, taking turns for so many seconds; the first turn is a warm-up."""
+    def timed(run):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-
-def interleaved(contenders, device, seconds, least=3):
-    """Times of each contender, who take turns for so many seconds."""
-    for run in contenders:
-        run()  # warm
-    times, end = [[] for _ in contenders], time.monotonic() + seconds
-    while len(times[0]) < least or time.monotonic() < end:
-        for run, found in zip(contenders, times):
-            found.append(timed(run, device))
-    return times
+    rounds, start = [], time.monotonic()
+    while len(rounds) < 4 or time.monotonic() - start < seconds:
+        rounds.append([timed(run) for run in contenders])
+    return list(zip(*rounds[1:]))
 
 
 def peak_memory(run, device):
-    """Bytes that a call needs at most beyond what is there; None where nobody can tell."""
+    """Bytes that a call needs at most beyond what is there; None where that cannot be measured."""
     if device == "cuda":
-        torch.cuda.synchronize()
+        run()  # allocates what stays: workspaces, gradients, the state of AdamW
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    if not os.path.exists("/proc/self/clear_refs") or torch.get_num_threads() > 1:
+    if not Path("/proc/self/clear_refs").exists() or torch.get_num_threads() > 1:
         return None
 
-    def resident(name):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    def peak():
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
-    ends = os.pipe()
-    child = os.fork()  # its allocator is made to give everything back; ours stays as it is
-    if not child:
-        with contextlib.suppress(Exception):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-            run()
-            peaks, end = [], time.monotonic() + 1
-            while not peaks or time.monotonic() < end:  # the least: code that is read in counts too
-                libc.malloc_trim(0)
-                with open("/proc/self/clear_refs", "w") as file:
-                    file.write("5")  # the peak starts anew
-                before = resident("VmRSS")
-                run()
-                peaks.append(resident("VmHWM") - before)
-            os.write(ends[1], str(min(peaks)).encode())
-        os._exit(0)
-    os.close(ends[1])
-    with open(ends[0]) as file:
-        found = file.read()
-    os.waitpid(child, 0)
-    return int(found) if found else None
+    def measured():  # in a child, because its allocator is made to return all freed memory
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+        run()  # the same, and code is read into memory
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is there
+        before = peak()
+        run()
+        found.value = peak() - before
+
+    fork = multiprocessing.get_context("fork")
+    found, child = fork.Value("q"), fork.Process(target=measured)
+    child.start()
+    child.join()
+    return found.value if child.exitcode == 0 else None
 
 
-def measure(name, row, args):
-    """A row of the table, as plain numbers."""
-    make, items, what, target = row
-    contenders = [run for run in make() if run]
-    times = interleaved(contenders, args.device, 3 if args.quick else 15)
-    peaks = [peak_memory(run, args.device) for run in contenders]
-    found = dict(row=name, what=what, target=target, seconds=statistics.median(times[-1]),
-                 repetitions=len(times[0]), peak_bytes=peaks[-1])
-    if items:
-        found["items_per_second"] = items / found["seconds"]
-    if len(contenders) == 2:
-        ratios = sorted(a / b for a, b in zip(*times))
-        low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.25, 0.75))
-        found |= dict(ratio=statistics.median(ratios), ratio_quartiles=[low, high],
-                      reference_seconds=statistics.median(times[0]),
-                      reference_peak_bytes=peaks[0],
-                      memory_ratio=peaks[0] / max(1, peaks[1]) if all(peaks) else None)
-    return found
-
-
-def line(found):
-    """A row as a person reads it."""
-    def seconds(x):
-        return "" if x is None else f"{x:.2f} s" if x >= 1 else f"{1000 * x:.2f} ms"
-
-    ratio = f"{found['ratio']:.2f} x ({found['ratio_quartiles'][0]:.2f} .. " \
-            f"{found['ratio_quartiles'][1]:.2f})" if "ratio" in found else ""
-    memory = "" if not found["peak_bytes"] else f"{found['peak_bytes'] / 1e6:.0f} MB"
-    times = found.get("memory_ratio")
-    if times:
-        memory += f", {times:.1f} x less" if times > 1 else f", {1 / times:.1f} x more"
-    return (f"{found['row']:<24}{seconds(found.get('reference_seconds')):>11}"
-            f"{seconds(found['seconds']):>11}  {ratio:<26}{memory:<22}{found['target']}")
-
-
-# ---- a GPU in training ---------------------------------------------------------------------------
-
-def matrix_flops(device, side=8192):
-    """Operations a second of a large bf16 matrix product: the peak that this device can reach."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    [times] = interleaved([lambda: a @ b], device, 2)
-    return 2 * side**3 / statistics.median(times)
+def measure(name, make, items, device, seconds):
+    """Print a row of the table, and return it as plain numbers."""
+    contenders = make()
+    peaks = [peak_memory(run, device) for run in contenders]  # while the heap is unused
+    times = interleaved(contenders, device, seconds)
+    reference, ours = (statistics.median(each) for each in times)
+    low, ratio, high = statistics.quantiles([a / b for a, b in zip(*times)], n=4,
+                                            method="inclusive")
+    print(f"{name:<16}{1000 * reference:9.2f} ms{1000 * ours:9.2f} ms{ratio:8.2f} x"
+          f" ({low:.2f} .. {high:.2f})   {' '.join(f'{x / 1e6:.0f} MB' for x in peaks if x)}",
+          flush=True)
+    return dict(row=name, repetitions=len(times[0]), seconds=ours, reference_seconds=reference,
+                ratio=ratio, ratio_quartiles=[low, high], items_per_second=items / ours,
+                peak_bytes=peaks[1], reference_peak_bytes=peaks[0])
 
 
 def training(args, compiled):
-    """Images a second, peak memory and model-FLOPs utilisation of --arch at --image-size, bf16."""
-    from torch.utils.flop_counter import FlopCounterMode
-    system, views, mask = training_system(args.loss, args.arch, args.device, args.batch_size,
-                                          args.image_size)
-    parameters = [p for p in system.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    """Images/s, peak memory and utilisation of a GPU that trains --arch in bf16.
 
-    def run():
-        with torch.autocast(args.device, torch.bfloat16):
-            value = system(views, views, mask)[0]
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if system.teacher:
-            ema_update(system.teacher, system.student, 0.99)
-
+    Utilisation is against the FLOP/s that a large bf16 matrix product reaches in the same run.
+    """
+    system, *batch = training_system(args.loss, args.arch, args.device, args.batch_size,
+                                     args.image_size)
+    step = partial(stepper(system, autocast=True), *batch)
     with FlopCounterMode(display=False) as counter:
-        run()
-    if compiled:
-        for network in (system.student, system.teacher):
-            if network:
-                network.backbone.compile()
-    [times] = interleaved([run], args.device, 10)
-    seconds = statistics.median(times)
-    peak = matrix_flops(args.device)
+        step()
+    for network in (system.student, system.teacher):
+        if compiled and network:
+            network.backbone.compile()
+    a, b = torch.randn(2, 8192, 8192, device=args.device, dtype=torch.bfloat16)
+    seconds, product = (statistics.median(interleaved([run], args.device, 10)[0])
+                        for run in (step, lambda: a @ b))
     return dict(row=f"train {args.arch}{', compiled' * compiled}", seconds=seconds,
-                what=f"{args.loss}, {args.image_size} px, batch {args.batch_size}, bf16",
-                target="MFU 40 %", items_per_second=args.batch_size / seconds,
-                peak_bytes=peak_memory(run, args.device), flops=counter.get_total_flops(),
-                matrix_flops_per_second=peak,
-                utilisation=counter.get_total_flops() / seconds / peak)
+                items_per_second=args.batch_size / seconds,
+                utilisation=counter.get_total_flops() / seconds / (2 * 8192**3 / product),
+                peak_bytes=peak_memory(step, args.device))
 
 
-# ---- as things grow ------------------------------------------------------------------------------
-
-def one_rank(rank, world, port, file):
-    """A process of `gathering`: the time of a gather of 64 points of 384, forward and backward."""
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    x = torch.randn(64, 384, requires_grad=True)
-    times = []
-    for _ in range(50):
-        dist.barrier()
-        start = time.perf_counter()
-        gather(x).sum().backward()
-        times.append(time.perf_counter() - start)
-    if rank == 0:
-        with open(file, "w") as out:
-            out.write(str(statistics.median(times[10:])))
-    dist.destroy_process_group()
-
-
-def gathering(world):
-    with tempfile.TemporaryDirectory() as place, socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port, file = sock.getsockname()[1], os.path.join(place, "seconds")
-        sock.close()
-        torch.multiprocessing.spawn(one_rank, (world, port, file), world)
-        with open(file) as found:
-            return float(found.read())
-
-
-def scale(args):
-    """Four pictures: relations against N, steps against the image and the depth, many processes."""
+def scale(path, device):
+    """Draw time and memory of both relations against the number of points, ours and dense."""
     from matplotlib.figure import Figure
-    device = args.device
-    on_gpu, found = device == "cuda", []
-
-    def median(run, seconds=1):
-        return statistics.median(interleaved([run], device, seconds, least=1)[0])
-
-    def note(**row):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        return row
-
-    sizes = [64, 128, 256, 512, 1024] + [2048, 4096, 8192] * on_gpu
-    for name, ours, dense in (("angle", rkd_angle_loss, dense_angle),
-                              ("distance", rkd_distance_loss, dense_distance)):
-        for N in sizes:
-            for who, loss in (("ours", ours), ("dense", dense)):
-                if who == "dense" and N > (512 if name == "angle" else 1024) << on_gpu:
-                    continue
-                run = relation(N, loss, None, device)[1]
-                note(relation=name, who=who, N=N, seconds=median(run),
-                     bytes=peak_memory(run, device))
-    for grows, times in itertools.product(("side", "depth"), (0.5, 1, 1.5, 2)):
-        side, depth = (int(224 * times), 12) if grows == "side" else (224, int(12 * times))
-        arch = partial(VisionTransformer, embed_dim=192, depth=depth, num_heads=3)
-        for who, drop in (("all patches", False), ("a quarter", True)):
-            note(grows=grows, times=times, who=who,
-                 seconds=median(dropped(arch, device, 4, side=side)[drop]) / 4)
-    if not on_gpu:
-        for world in (2, 4, 8):
-            note(processes=world, gather_seconds=gathering(world))
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplot_mosaic("ab;cd")
-
-    def curve(place, x, y, label, style, tint, **where):
-        rows = [row for row in found if all(row.get(k) == v for k, v in where.items())
-                and x in row and row.get(y)]
-        axes[place].loglog([row[x] for row in rows], [row[y] for row in rows], style, color=tint,
-                           label=label)
-
-    def value(y, **where):
-        return next((row[y] for row in found
-                     if all(row.get(k) == v for k, v in where.items())), None)
-
-    for name, tint in (("angle", "tab:blue"), ("distance", "tab:orange")):
-        for who, style in (("ours", "o-"), ("dense", "s--")):
-            for place, y in (("a", "seconds"), ("b", "bytes")):
-                curve(place, "N", y, f"{name}, {who}", style, tint, relation=name, who=who)
-    for place, y, what in (("a", "seconds", "takes"), ("b", "bytes", "needs")):
-        both = [value(y, relation="angle", N=256, who=who) for who in ("dense", "ours")]
-        times = f" 1/{both[0] / both[1]:.0f}" if all(both) else " a part"
-        axes[place].set(title=f"The angle of 256 points {what}{times} of the dense way",
-                        xlabel="points N (D = 256)", ylabel=f"{y}, forward and backward")
-    for who, style in (("all patches", "s--"), ("a quarter", "o-")):
-        for x, tint in (("side", "tab:blue"), ("depth", "tab:orange")):
-            curve("c", "times", "seconds", f"{who}, by {x}", style, tint, who=who, grows=x)
-    all_of_it, part = (value("seconds", grows="side", times=1, who=who)
-                       for who in ("all patches", "a quarter"))
-    axes["c"].set(title=f"A quarter of the patches: a ViT-Ti {all_of_it / part:.1f} x as fast",
-                  xlabel="side / 224 pixels, depth / 12 blocks", ylabel="seconds an image")
-
-    each, D = 64, 384  # images and width a process
-    cost = max((row for row in found if row.get("relation") == "angle" and row["who"] == "ours"),
-               key=lambda row: row["N"])
-    triplet = cost["seconds"] / cost["N"]**3
-    worlds = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    for label, look, work in (("all triplets on each", "s--", lambda w: (each * w)**3),
-                              ("each its own vertices (ours)", "o-", lambda w: each**3 * w**2)):
-        axes["d"].loglog(worlds, [triplet * work(w) for w in worlds], look, label=label,
-                         color="tab:blue")
-    # two views: students' points go out and their gradient comes back (twice), teachers' go out
-    axes["d"].loglog(worlds, [2 * (1 + 2 + 1) * 4 * D * each * w / 25e9 for w in worlds], ":",
-                     color="tab:green", label=f"moving the points ({D} wide) at 25 GB/s")
-    axes["d"].set(title=f"MODEL, by the {1e9 * triplet:.2g} ns a triplet measured here: sharing\n"
-                        "the vertices makes the cube of the processes a square",
-                  xlabel=f"processes, {each} images each", ylabel="seconds of an angle loss")
-    for place in axes.values():
-        place.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for loss, style in ((rkd_angle_loss, "o-"), (dense_angle, "o:"),
+                        (rkd_distance_loss, "s-"), (dense_distance, "s:")):
+        sizes = [64, 128, 256, 512, 1024][:4 if loss is dense_angle else 5]  # 1024 need 20 GB
+        runs = [relation(loss, N, device) for N in sizes]
+        peaks = [peak_memory(run, device) for run in runs]  # while the heap is unused
+        seconds = [statistics.median(interleaved([run], device, 1)[0]) for run in runs]
+        print(json.dumps(dict(loss=loss.__name__, N=sizes, seconds=seconds, bytes=peaks)))
+        axes[0].loglog(sizes, seconds, style, label=loss.__name__)
+        axes[1].loglog(sizes, peaks, style)
+    for place, quantity in zip(axes, ("seconds", "bytes")):
+        place.set(xlabel="points N (D = 256)", ylabel=f"{quantity}, forward and backward")
         place.grid(alpha=0.3)
-    figure.savefig(args.scale, dpi=100)
+    axes[0].legend()
+    figure.savefig(path)
 
 
 def main():
@@ -692,38 +437,33 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
         help="where to run")
     add("--threads", type=whole(1), default=1, help="of a CPU")
-    add("--scale", metavar="PNG", help="draw the cost as things grow, instead of the table")
+    add("--scale", metavar="PNG", help="draw the cost of relations instead of the table")
     add("--loss", default="rkd", help="train: what to learn by")
     add("--arch", default="vit_small", choices=ARCHS, help="train: the ViT")
     add("--image-size", type=whole(1), default=224, help="train: side in pixels")
-    add("--batch-size", type=whole(1), default=256, help="train: images a step")
+    add("--batch-size", type=whole(1), default=256, help="train: images per step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "CPU"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}, {args.threads} thread(s)")
     if args.scale:
-        return scale(args)
-    table, wanted = rows(args), not args.only or "train" in args.only
-    if not table and not (args.device == "cuda" and wanted):
-        parser.error(f"--only {' '.join(args.only)}: no such row on {args.device}; the first words "
-                     "are angle, distance, ibot, dino, dropped, fresh, views, block, random, k-NN, "
-                     "probe and, on a GPU, train")
-    print(f"{'':<24}{'reference':>11}{'ours':>11}  {'ratio (quartiles)':<26}"
-          f"{'peak memory':<22}target")
-    results = []
-    for name, row in table.items():
-        results.append(measure(name, row, args))
-        print(line(results[-1]), flush=True)
-    if args.device == "cuda" and wanted:
-        for compiled in (False, True):
-            results.append(training(args, compiled))
-            print(line(results[-1]) + f"; {results[-1]['items_per_second']:.0f} images/s, "
-                  f"{100 * results[-1]['utilisation']:.0f} %", flush=True)
-    for found in results:
-        print(json.dumps({name: round(x, 6) if isinstance(x, float) else x
-                          for name, x in found.items()}))
+        return scale(args.scale, args.device)
+    words = tuple(args.only or [""])  # every name starts with ""
+    every = rows(args.device, args.quick, args.images)
+    table = {name: row for name, row in every.items() if name.startswith(words)}
+    in_training = args.device == "cuda" and "train".startswith(words)
+    if not table and not in_training:
+        parser.error(f"--only {' '.join(words)}: no such row on {args.device}: take "
+                     f"the first words of {', '.join(every)} or, on a GPU, train")
+    print("row                reference        ours   ratio (quartiles)    peak memory of both")
+    results = [measure(name, *row, args.device, 3 if args.quick else 15)
+               for name, row in table.items()]
+    if in_training:
+        results += [training(args, compiled) for compiled in (False, True)]
+    for result in results:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

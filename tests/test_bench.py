@@ -2,14 +2,18 @@
 
     pytest tests/test_bench.py          # nothing here depends on time
 """
+import io
 import json
 import sys
 
 import pytest
 import torch
+import torchvision.transforms.functional as change
+from PIL import Image
 from torch.testing import assert_close
 
 import bench
+from data import COLOUR_DRAWS, colour
 from losses import rkd_angle_loss, rkd_distance_loss
 from model import ema_update
 
@@ -63,8 +67,25 @@ def test_plain_knn_plain_probes_and_plain_block_masks_do_what_ours_do():
         assert run().flatten(1).sum(1).tolist() == [78] * 30  # 40 % of 14 x 14
 
 
+def by_pil(pixels, draw):
+    """An image (3, S, S) with the colours of one row of draws, by torchvision's PIL functions."""
+    image = change.to_pil_image(pixels)
+    if draw[0] < 0.8:
+        bright, contrast, saturation = (1 + 0.4 * (2 * x - 1) for x in draw[1:4])
+        image = change.adjust_contrast(change.adjust_brightness(image, bright), contrast)
+        image = change.adjust_saturation(image, (1 + saturation) / 2)
+        image = change.adjust_hue(image, 0.1 * (2 * draw[4] - 1))
+    image = change.rgb_to_grayscale(image, 3) if draw[5] < 0.2 else image
+    return change.pil_to_tensor(image) / 255
+
+
 def test_our_colours_are_those_of_pil_to_little_more_than_a_grey_level():
-    assert bench.grey_levels(bench.photographs(2)) < 1.5  # PIL's hue has 256 steps, and it rounds
+    file = io.BytesIO(bench.photographs(1)[0])
+    pixels = change.pil_to_tensor(Image.open(file).convert("RGB"))[None, :, :96, :96] / 255
+    draws = torch.rand(40, COLOUR_DRAWS, generator=torch.Generator().manual_seed(0))
+    ours = colour(pixels.expand(40, -1, -1, -1).clone(), draws, 0.4, 0.1, blur_probability=0)
+    theirs = torch.stack([by_pil(pixels[0], draw) for draw in draws.tolist()])
+    assert 255 * (ours - theirs).abs().mean() < 1.5  # PIL's hue has 256 steps, and it rounds
 
 
 def test_the_table_has_one_row_of_json_per_row_and_refuses_an_unknown_one(monkeypatch, capsys):

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "eval_linear": "data eval_knn randomness",
     "analyze": "losses masking model data randomness textures weights objectives eval_knn",
     "train": "losses masking model data randomness weights objectives eval_knn analyze",
-    "bench": "losses masking model data randomness textures objectives eval_knn eval_linear train"}
+    "bench": "losses masking model data objectives eval_knn eval_linear train"}
 README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
