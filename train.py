@@ -37,7 +37,7 @@ from eval_knn import (Parser, all_gather, extract_features, knn_top1, number, ra
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update
-from objectives import (OBJECTIVES, RECIPES, TOKENIZERS, System, defaults, parse_loss)
+from objectives import OBJECTIVES, RECIPES, TOKENIZERS, System, defaults, parse_loss
 from randomness import fold, generator
 from weights import listed, misfits, one_line, read_file, write_file
 
@@ -141,7 +141,7 @@ def options():
 
 
 def parse(words=None):
-    """Options of a run: of the command line, else of the recipe, else the defaults of its system."""
+    """Options of a run: the command line's, else the recipe's, else the defaults of its system."""
     parser = options()
     with parser.one_line_errors():
         recipe = RECIPES.get(parser.parse_args(words).recipe, {})
@@ -160,65 +160,69 @@ def parse(words=None):
 def refuse(args):
     """ValueError for options that contradict each other, before anything is built or written."""
     terms = {name: OBJECTIVES[name] for name in parse_loss(args.loss)}
-    predicting = {name: term.hide for name, term in terms.items() if term.hide}
-    taught = any(term.teacher for term in terms.values())
-    views, viewer = max((term.views, name) for name, term in terms.items())
-    least, comparing = max((term.least, name) for name, term in terms.items())
-    least -= comparing == "rkd" and not args.angle_weight  # a distance needs two images
-    through_head = [name for name, term in terms.items() if term.through_head]
+    predicting = " and ".join(name for name, term in terms.items() if term.hide)
     for name in "mask mask_ratio mask_spread mask_probability teacher stages".split():
         if getattr(args, name) is None:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"--loss {args.loss}: {' and '.join(predicting)} have different "
-                             f"defaults of {option}: choose one with {option}")
-    N = max(1, args.image_size // args.patch_size) ** 2
-    fewest, most = (round((args.mask_ratio + sign * args.mask_spread) * N) for sign in (-1, 1))
+            raise ValueError(f"--loss {args.loss}: {predicting} have different defaults of "
+                             f"{option}: choose one with {option}")
+    hide = next((term.hide for term in terms.values() if term.hide), args.hide)
+    taught = any(term.teacher for term in terms.values())
+    through_head = " and ".join(name for name, term in terms.items() if term.through_head)
+    views, viewer = max((term.views, name) for name, term in terms.items())
+    least = {name: 2 if name == "rkd" and not args.angle_weight else term.least
+             for name, term in terms.items()}
+    comparing, given = max(least, key=least.get), args.teacher_checkpoint
+    side = max(1, args.image_size // args.patch_size)
+    N = side * side
+    most = round((args.mask_ratio + args.mask_spread) * N)  # hidden patches
     uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
     needed = 3 if args.angle_weight else 2  # patches related with each other
     pieces = args.grad_accum * int(os.environ.get("WORLD_SIZE") or 1)
-    frozen = ("dbot" if "dbot" in terms else "--teacher-checkpoint" if args.teacher_checkpoint
-              else f"--stages {args.stages}" if args.stages > 1 else "")
-    given = "--teacher-checkpoint" if args.teacher_checkpoint else "--mask attention"
+    frozen = "dbot" if "dbot" in terms else "--teacher-checkpoint" if given else (
+        f"--stages {args.stages}" if args.stages > 1 else "")
     rules = [
-        (predicting and not args.mask_ratio, "--mask-ratio 0 hides nothing and "
-         f"{' and '.join(predicting)} predicts hidden patches: set it above 0"),
-        (any(hide != args.hide for hide in predicting.values()), f"--hide {args.hide} does not fit "
-         f"{' and '.join(predicting)}: it needs --hide {' '.join(predicting.values())}"),
-        (uneven and args.hide == "drop", "--mask-spread and --mask-probability hide more in one "
+        (predicting and not args.mask_ratio,
+         f"--mask-ratio 0 hides nothing for {predicting} to predict: set it above 0"),
+        (args.hide != hide,
+         f"--hide {args.hide} does not fit {predicting}: it needs --hide {hide}"),
+        (args.hide == "drop" and uneven, "--mask-spread and --mask-probability hide more in one "
          "image than in another, and dropping needs as many in each: --hide token, or leave them"),
-        (args.mask_unit > 1 and args.mask != "random", f"--mask-unit {args.mask_unit} belongs to "
-         f"--mask random, not {args.mask}: leave one out"),
-        (math.isqrt(N) % args.mask_unit, f"--mask-unit {args.mask_unit} does not divide "
-         f"{math.isqrt(N)} x {math.isqrt(N)} patches: take 1"),
-        (not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread, f"--mask-spread "
-         f"{args.mask_spread} around --mask-ratio {args.mask_ratio} leaves 0 .. 1: lower it"),
-        (args.mask_ratio and not most, f"--mask-ratio {args.mask_ratio} hides none of {N} patches: "
-         "raise it, or set it to 0"),
+        (args.mask_unit > 1 and args.mask != "random",
+         f"--mask-unit {args.mask_unit} belongs to --mask random, not {args.mask}: leave one out"),
+        (side % args.mask_unit,
+         f"--mask-unit {args.mask_unit} does not divide {side} x {side} patches: take 1"),
+        (not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread,
+         f"--mask-spread {args.mask_spread} around --mask-ratio {args.mask_ratio} leaves 0 .. 1: "
+         "lower it"),
+        (args.mask_ratio and not most,
+         f"--mask-ratio {args.mask_ratio} hides none of {N} patches: raise it, or set it to 0"),
         (most == N, f"--mask-ratio {args.mask_ratio} hides all {N} patches: lower it"),
-        (args.patch_weight and args.hide == "drop" and N - most < needed, f"--patch-weight "
-         f"{args.patch_weight} needs {needed} patches and the student has {N - most}: lower "
-         "--mask-ratio, or --hide token"),
+        (args.patch_weight and args.hide == "drop" and N - most < needed,
+         f"--patch-weight {args.patch_weight} needs {needed} patches and the student has "
+         f"{N - most}: lower --mask-ratio, or --hide token"),
         (args.global_crops < views, f"--global-crops {args.global_crops}: {viewer} compares "
          f"{views} views of an image: set it to {views}"),
-        (not 0 < args.crop_scale[0] <= args.crop_scale[1], f"--crop-scale {args.crop_scale}: from "
-         "above 0 to at least that"),
-        (args.batch_size % pieces or args.batch_size // args.grad_accum < least,
+        (not 0 < args.crop_scale[0] <= args.crop_scale[1],
+         f"--crop-scale {args.crop_scale}: from above 0 to at least that"),
+        (args.batch_size % pieces or args.batch_size // args.grad_accum < least[comparing],
          f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes x "
-         f"--grad-accum) and leave {least} images per piece: {comparing} compares them"),
+         f"--grad-accum) and leave {least[comparing]} images per piece for {comparing}"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
-        (not taught and (args.teacher_checkpoint or args.mask == "attention"), f"{given} needs a "
-         f"teacher and no term of --loss {args.loss} has one: leave it out, or add +rkd"),
-        (args.teacher_checkpoint and through_head, f"--teacher-checkpoint is a backbone and "
-         f"{' and '.join(through_head)} reads the head of the teacher: take rkd, cka, ressl, "
-         "feature or dbot, or --teacher ema"),
-        (args.teacher_arch and not args.teacher_checkpoint, f"--teacher-arch {args.teacher_arch} "
-         "names the network of a --teacher-checkpoint: add that, or leave it out"),
-        (args.stages > 1 and (args.teacher_checkpoint or not taught), f"--stages {args.stages}: "
-         "each next teacher is the student before it: --stages 1 with --teacher-checkpoint or "
-         "without a term that has a teacher"),
-        (args.teacher == "ema" and frozen, f"{frozen} has a frozen teacher, not --teacher "
-         "ema: take --teacher frozen"),
+        (not taught and (given or args.mask == "attention"),
+         ("--teacher-checkpoint" if given else "--mask attention") + " needs a teacher and no term "
+         f"of --loss {args.loss} has one: leave it out, or add +rkd"),
+        (given and through_head,
+         f"--teacher-checkpoint is a backbone and {through_head} reads the head of the teacher: "
+         "take rkd, cka, ressl, feature or dbot, or --teacher ema"),
+        (args.teacher_arch and not given, f"--teacher-arch {args.teacher_arch} names the network "
+         "of a --teacher-checkpoint: add that, or leave it out"),
+        (args.stages > 1 and (given or not taught),
+         f"--stages {args.stages}: each next teacher is the student before it: --stages 1 with "
+         "--teacher-checkpoint or without a term that has a teacher"),
+        (args.teacher == "ema" and frozen,
+         f"{frozen} has a frozen teacher, not --teacher ema: take --teacher frozen"),
     ]
     for broken, sentence in rules:
         if broken:
@@ -417,11 +421,10 @@ def rounded(x):
 
 
 class Log:
-    """log.jsonl, of rank 0: one object per logged step, each step once, also after a resume."""
+    """log.jsonl: one object per logged step, each step once, also after a resume."""
 
-    def __init__(self, folder, step, on=True):
-        self.path, self.on = os.path.join(folder, "log.jsonl"), on
-        self.rows, self.unwritten = [], True
+    def __init__(self, folder, step):
+        self.path, self.rows, self.unwritten = os.path.join(folder, "log.jsonl"), [], True
         if step and os.path.exists(self.path):
             with open(self.path, errors="replace") as file:
                 for line in file:
@@ -431,14 +434,18 @@ class Log:
         self.warned = self.collapsed()
         self.put()
 
+    def last(self):
+        """The last logged step."""
+        return self.rows[-1]["step"] if self.rows else -1
+
     def put(self):
         """Append the last row; at the start, and after a failure, write all rows."""
         rows = self.rows if self.unwritten else self.rows[-1:]
         lines = [json.dumps(row).encode() + b"\n" for row in rows]
         try:
-            if self.unwritten and self.on:
+            if self.unwritten:
                 write_file(self.path, lambda file: file.writelines(lines))
-            elif self.on:
+            else:
                 with open(self.path, "ab") as file:
                     file.writelines(lines)
             self.unwritten = False
@@ -449,11 +456,11 @@ class Log:
     def write(self, row):
         self.rows.append({name: rounded(x) for name, x in row.items()})
         self.put()
-        if self.on and "knn_top1" in row:
+        if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
                                  for name in shown.split() if row.get(name) is not None))
-        if self.on and self.collapsed() and not self.warned:
+        if self.collapsed() and not self.warned:
             self.warned = True
             warn("the effective rank of the points fell below half of its start, or their spread "
                  "below a tenth: they collapse; try a lower --lr, a smaller --pull-weight or a "
@@ -482,11 +489,20 @@ def evaluate(args, system, sets, pool, device, alive):
     return found
 
 
-def untrained(measure):
-    """Figures for training to beat: the untrained network's, and those of (centred) raw pixels."""
-    row = measure()
-    return row | dict(untrained_knn_top1=max(row["knn_top1"], row["knn_top1_centered"]),
-                      raw_pixels_knn_top1=measure("pixels")["knn_top1_centered"])
+def catch_up(log, row, start, measure, test_set):
+    """Log the row of step 0, or the last one of a run that was killed before it was logged."""
+    if start == 0:
+        row = dict(step=0, epoch=0.0)
+        if test_set is not None:  # for training to beat: the untrained network, and raw pixels
+            row |= measure()
+            row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
+            row["raw_pixels_knn_top1"] = measure("pixels")["knn_top1_centered"]
+    elif all_gather(bool(log and row and log.last() < start))[0]:
+        row |= measure() if row.pop("evaluating") else {}
+    else:
+        return
+    if log:
+        log.write(row)
 
 
 def clip(system, limit, each=False):
@@ -573,9 +589,9 @@ def complain(args, images, step, stop, lr, in_a_row):
         indices = torch.cat([index for _, index in order]).tolist()
         path = os.path.join(args.out_dir, "checkpoint.pt")
         if first:
-            print(f"step {step + 1}: {many} steps in a row were not finite at lr {lr:.3g}: --resume"
-                  f" {path}, the last good state, with a lower --lr or a longer --warmup; the images"
-                  f" of this step are {indices}", file=sys.stderr)
+            print(f"step {step + 1}: {many} steps in a row were not finite at lr {lr:.3g}: "
+                  f"--resume {path}, the last good state, with a lower --lr or a longer --warmup; "
+                  f"the images of this step are {indices}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -666,7 +682,8 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
     """The loop, from step `start` to `stop` -> exit status; `row`: saved, but not yet logged."""
     rank, world = ranks()
     device, asked = next(system.parameters()).device, listen()
-    log, network = Log(args.out_dir, start, rank == 0), distribute(args, system, world)
+    log = Log(args.out_dir, start) if rank == 0 else None
+    network = distribute(args, system, world)
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
 
     def alive(evaluating=True):  # at every step, and at every batch of an evaluation
@@ -677,10 +694,7 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
     def measure(pool=args.pool):
         return evaluate(args, system, (train_set, test_set), pool, device, alive)
 
-    if start == 0:
-        log.write(dict(step=0, epoch=0.0) | (untrained(measure) if test_set else {}))
-    elif row and (not log.rows or log.rows[-1]["step"] < start):
-        log.write(row | (measure() if row.pop("evaluating") else {}))
+    catch_up(log, row, start, measure, test_set)
     batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
@@ -726,7 +740,9 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
                 save(args, system, optimizer, train_set, step=done, skipped_steps=skipped,
                      row=row | dict(evaluating=evaluating))
             if not (left_by and evaluating):  # else the resumed run evaluates
-                log.write(row | (measure() if evaluating else {}))
+                row |= measure() if evaluating else {}
+                if log:
+                    log.write(row)
             batches.restart()
         if left_by:
             break

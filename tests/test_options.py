@@ -88,6 +88,7 @@ WRONG = {
         ("--loss ibot+beit", "ibot and beit|choose one with --mask-ratio"),
         ("--image-size 30", "30x30|take 32x32"),
         ("--batch-size 2", "--batch-size 2|3 images"),
+        ("--batch-size 2 --loss rkd+ressl --angle-weight 0", "--batch-size 2|3 images|ressl"),
         ("--batch-size 41", "--batch-size 41|40"),
         ("--batch-size 15 --grad-accum 2", "--batch-size 15|multiple of 2"),
         ("--epochs 0.01", "0.01|raise --epochs"),
