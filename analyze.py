@@ -126,8 +126,9 @@ def keep(runs, path, most=20):
     derived = "epoch images lr weight_decay momentum".split()
     with open(path, "a") as file:
         for run in runs:
-            rows = [row for row in run.rows if "knn_top1" in row]
-            others = [row for row in run.rows if "knn_top1" not in row]
+            *most_rows, last = run.rows  # the table reads the last one
+            rows = [row for row in most_rows if "knn_top1" in row] + [last]
+            others = [row for row in most_rows if "knn_top1" not in row]
             rows += others[::max(1, math.ceil(len(others) / max(1, most - len(rows))))]
             rows.sort(key=lambda row: row["step"])
             rows = [{name: x for name, x in row.items() if name not in derived} for row in rows]

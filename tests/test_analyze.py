@@ -32,6 +32,117 @@ def test_ridge_reads_what_is_linear_half_of_what_is_half_noise_and_no_noise():
     assert found.tolist() == pytest.approx([1, 0.5, 0], abs=0.04)
 
 
+def write_run(root, knn=(), evals=(), **options):
+    """The folder of a run: k-NN of the steps 0, 2, 4 .., and what the evaluations printed."""
+    place = root / f"run{len(list(root.iterdir()))}"
+    place.mkdir()
+    args = dict(loss="dino", data="textures", data_path=None, seed=0, batch_size=10, mask="random",
+                mask_ratio=0.75, teacher="ema", pull_weight=0.05, out_dir=str(place)) | options
+    rows = [dict(step=2 * i, knn_top1=value, loss=2.0 / (1 + i), effective_rank=30 + 2 * i,
+                 images_per_second=5) for i, value in enumerate(knn or [1.0])]
+    (place / "args.json").write_text(json.dumps(args))
+    (place / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
+    return place
+
+
+def cells(line):
+    return [x.strip() for x in line.strip().strip("|").split("|")]
+
+
+def rows_of(runs):
+    """The table as {name of a column: cell} per row."""
+    head, _, *rows = analyze.table(runs).splitlines()
+    return [dict(zip(cells(head), cells(row))) for row in rows]
+
+
+def test_the_table_has_mean_and_deviation_of_the_evaluations_else_of_the_logs_last_row(tmp_path):
+    evals = [[dict(knn_top1=knn, k=20), dict(knn_top1=2.0, center=True), dict(linear_top1=linear),
+              dict(knn_top1=3.0, whiten=0.75)] for knn, linear in ((51.0, 60.0), (57.0, 64.0))]
+    runs = [write_run(tmp_path, (30, 40, 50), evals[seed], loss="rkd", seed=seed)
+            for seed in (0, 1)]
+    runs.append(write_run(tmp_path, (30, 35, 45), mask_ratio=0.0))
+    with open(runs[0] / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "knn_t')  # a line that was cut is left out
+    found, other = rows_of(runs)
+    assert found["run"] == "`rkd`" and found["n"] == "2" and found["mask"] == "random, 75%"
+    assert found["k-NN, %"] == "54.0 ± 4.2" and found["linear, %"] == "62.0 ± 2.8"
+    assert found["centred, %"] == "2.0" and found["whitened, %"] == "3.0"
+    assert found["effective rank"] == "30 → 34"
+    assert found["steps"] == "4" and found["seconds"] == "8"  # ten images a step, five per second
+    assert other["k-NN, %"] == "45.0" and other["linear, %"] == "" and other["mask"] == "none"
+
+
+def test_what_differs_among_runs_is_in_their_names_but_an_option_of_rkd_not_without_rkd(tmp_path):
+    runs = [write_run(tmp_path, mask_ratio=0.5), write_run(tmp_path, pull_weight=0.0),
+            write_run(tmp_path, seed=1), write_run(tmp_path, loss="rkd"),
+            write_run(tmp_path, loss="rkd", pull_weight=0.0)]
+    assert [(row["run"], row["n"]) for row in rows_of(runs)] == [
+        ("`dino, mask_ratio 0.5`", "1"), ("`dino, mask_ratio 0.75`", "2"),
+        ("`rkd, pull_weight 0.05`", "1"), ("`rkd, pull_weight 0.0`", "1")]
+
+
+def test_curves_take_mean_and_deviation_of_the_steps_that_all_seeds_have(tmp_path):
+    runs = [write_run(tmp_path, knn, seed=knn[1]) for knn in ((30, 40, 50), (30, 44, 56, 90))]
+    [group] = analyze.grouped(analyze.read_runs(runs)).values()
+    found = analyze.over_seeds(group, "step", "knn_top1")
+    assert found == ([0, 2, 4], [30, 42, 53], pytest.approx([0, 8 ** 0.5, 18 ** 0.5]))
+
+
+def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
+    def run(loss, seed, knn, white, linear, **options):
+        return write_run(tmp_path, (), [dict(knn_top1=knn), dict(knn_top1=white, whiten=0.75),
+                                        dict(linear_top1=linear)], loss=loss, seed=seed, **options)
+
+    cifar = dict(data="folder", data_path="some/cifar10/")
+    runs = [run("dino", 0, 40.0, 48.0, 45.0), run("dino", 1, 42.0, 47.0, 44.0),
+            run("dino", 2, 90.0, 90.0, 90.0),  # a seed of one alone is left out
+            run("dino+5*rkd", 0, 45.0, 48.5, 44.0, pull_weight=0.0), run("rkd", 0, 1.0, 1.0, 1.0),
+            run("dino+5*rkd", 1, 46.0, 46.5, 44.0, pull_weight=0.0),
+            run("moco+rkd", 0, 50.0, 51.0, 48.0), run("dino+5*rkd", 2, 9.0, 9.0, 9.0, lr=0.5),
+            run("dino", 0, 30.0, 1.0, 1.0, **cifar), run("dino+5*rkd", 0, 33.0, 1.0, 1.0, **cifar)]
+    *_, first, second = analyze.pairs(runs, tmp_path / "p.png").splitlines()
+    assert cells(first)[0] == "textures" and "less `dino`" in cells(first)[1]
+    assert cells(first)[2:] == ["+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
+    assert cells(second)[::2] == ["cifar10", "+3.0", "+0.0"] and cells(second)[-1] == "1"
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"X and X\+W\*rkd"):
+        analyze.pairs(runs[:3], tmp_path / "q.png")
+    with pytest.raises(ValueError, match="different data sets.*cifar10.*textures"):
+        analyze.table(runs)
+
+
+def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_path):
+    table = {"+4.5 ± 0.7": [4.0, 5.0],              # t = 9.0, needed 12.71
+             "**+4.2 ± 0.4**": [4.0, 4.5],          # t = 17
+             "+2.0 ± 1.0": [1.0, 2.0, 3.0],         # t = 3.46, needed 4.30
+             "**-3.0 ± 1.0**": [-2.0, -3.0, -4.0],  # t = 5.2
+             "**+1.0 ± 0.1**": [0.9, 1.1] * 10}
+    runs = [write_run(tmp_path, (), [dict(knn_top1=knn)], seed=seed, loss=loss, data=f"set{i}")
+            for i, values in enumerate(table.values()) for seed, value in enumerate(values)
+            for loss, knn in (("dino", 0.0), ("dino+rkd", value))]
+    lines = analyze.pairs(runs, tmp_path / "p.png").splitlines()[2:]
+    assert [cells(line)[2] for line in lines] == [*table]
+
+
+def test_a_kept_run_is_one_line_of_about_20_rows_and_has_the_table_of_its_folder(tmp_path):
+    runs = [write_run(tmp_path, (30, 40, 50), [dict(linear_top1=40.0 + seed)], seed=seed, lr=0.5)
+            for seed in (0, 1)]
+    with open(runs[0] / "log.jsonl", "a") as file:
+        file.writelines(json.dumps(dict(step=200 + i, effective_rank=float(i))) + "\n"
+                        for i in range(100))
+    other = write_run(tmp_path, (5,), loss="rkd")
+    study, defaults = tmp_path / "runs.jsonl", json.loads((runs[0] / "args.json").read_text())
+    study.write_text(json.dumps(dict(defaults=defaults | dict(lr=0.1))) + "\n")
+    analyze.keep(analyze.read_runs([*runs, other]), study)
+    _, first, second, _ = map(json.loads, study.read_text().splitlines())
+    assert 15 < len(first["rows"]) < 25
+    assert first["options"] == dict(lr=0.5) and second["options"] == dict(lr=0.5, seed=1)
+    assert analyze.table([study], ["run0", "run1"]) == analyze.table(runs)
+    with pytest.raises(ValueError, match="run9"):
+        analyze.table([study], ["run9"])
+
+
 # ---------- the pictures ----------
 
 @pytest.fixture(scope="module")
