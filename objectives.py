@@ -1,30 +1,21 @@
 """The catalogue: what each system computes, as one short function with its idea and its equation.
 
-All systems run on the same loop, views, masks and evaluation, so two runs differ by their terms
-alone, and any weighted sum of terms is one objective (`--loss dino+0.5*rkd`). In every term
-
     s_i = student(view of image i, perhaps masked)     t_i = teacher(view of image i, whole)
 
-A term is a function of what both networks see (`Batch`): it returns its loss, and more to log.
-Under it stands its entry in OBJECTIVES: what it needs, the heads that it puts on the networks, and
-its default options. So a new system is one place. Formulas: losses.py; masks: masking.py.
-
-    relations           rkd (the subject of this project); cka, ressl, feature (its controls)
-    contrast            simclr, moco
-    self-distillation   byol, dino, ibot
-    masked prediction   ibot, beit, mae, simmim, dbot
+A term maps a `Batch` to its loss and to what else is logged. Its entry in OBJECTIVES stands under
+it, so a new system is one place. Any weighted sum of terms is one objective: `--loss dino+0.5*rkd`.
 
 All terms differ from their papers in this: AdamW with eps 1e-6, schedules that move each step,
 Xavier initialisation, jitters in a fixed order. Other deviations are in their docstrings.
-Letters: B images of this rank (world·B after `gather`), N patches, V views, G global views among
-them, D width, K prototypes or words, M hidden patches.
+Letters: B images of this rank (world·B after `gather`), N patches, V visible ones, G global views,
+D width, K prototypes or words, M hidden patches.
 """
 import copy
-import itertools
 import math
 import tomllib
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -68,10 +59,9 @@ def gather(x):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of (.., D) by the rows of all processes, on any device, always.
+    """Batch normalisation of (.., D) by the rows of all ranks; no running statistics.
 
-    torch's SyncBatchNorm runs on GPUs only, and plain BatchNorm would make two processes another
-    run than one. Heads are never evaluated, so there are no running statistics.
+    torch's SyncBatchNorm runs on GPUs only. Plain BatchNorm would differ between one rank and two.
     """
 
     def __init__(self, dim, affine=True):
@@ -80,7 +70,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x):
-        def mean(x):  # over the rows of all processes, which may have unequal numbers of them
+        def mean(x):  # the ranks may have unequal numbers of rows
             rows = x.flatten(0, -2)
             sums = torch.cat([rows.sum(0), rows.new_full((1,), len(rows))])
             sums = gather(sums.unsqueeze(0)).sum(0)
@@ -117,28 +107,26 @@ class Batch:
 
     def __init__(self, system, strong, weak, mask, progress):
         self.args, self.student, self.teacher = system.args, system.student, system.teacher
-        self.state, self.tokenizer = system.state, system.tokenizer
-        self.strong, self.mask, self.progress, G = strong, mask, progress, system.args.global_crops
-        self.cls_only = system.cls_only
-        self.globals = torch.cat(strong[:G])  # (G·B, 3, S, S)
-        self.whole = torch.cat(weak[:G]) if self.args.weak_teacher else self.globals
+        self.state, self.tokenizer, self.cls_only = system.state, system.tokenizer, system.cls_only
+        self.strong, self.mask, self.progress = strong, mask, progress
+        self.globals = torch.cat(strong[:self.args.global_crops])  # (G·B, 3, S, S)
+        self.whole = (torch.cat(weak[:self.args.global_crops]) if self.args.weak_teacher
+                      else self.globals)
 
     @cached_property
     def tokens(self):
-        """The student's, of the global views under the mask: (G·B, 1 + N, D), V for N if dropped,
-        the CLS alone where no term reads more."""
+        """The student's, of the global views: (G·B, 1 + N, D), V for N if hidden ones are dropped."""
         return self.student.backbone(self.globals, self.mask, self.args.hide == "drop",
                                      cls_only=self.cls_only)
 
     @cached_property
     def features(self):
         """The student's feature of each view, (B, D)."""
-        G = self.args.global_crops
-        features = [*pool_tokens(self.tokens, self.args.pool).chunk(G)]
-        if len(self.strong) > G:
-            local = self.student.backbone(torch.cat(self.strong[G:]),
-                                          cls_only=self.args.pool == "cls")
-            features += pool_tokens(local, self.args.pool).chunk(len(self.strong) - G)
+        G, pool = self.args.global_crops, self.args.pool
+        features = [*pool_tokens(self.tokens, pool).chunk(G)]
+        if self.strong[G:]:
+            local = self.student.backbone(torch.cat(self.strong[G:]), cls_only=pool == "cls")
+            features += pool_tokens(local, pool).chunk(len(self.strong) - G)
         return features
 
     @cached_property
@@ -157,15 +145,12 @@ class Batch:
         return pool_tokens(self.teacher_tokens, self.args.pool).chunk(self.args.global_crops)
 
     def student_points(self, term):
-        """What a term compares on the student's side: its head and predictor on each feature."""
-        head, predictor = (parts[term] if term in parts else nn.Identity()
-                           for parts in (self.student.heads, self.student.predictors))
+        head, predictor = self.student.heads[term], self.student.predictors[term]
         return [predictor(head(x)) for x in self.features]  # BatchNorm: each view by itself
 
     @torch.no_grad()
     def teacher_points(self, term):
-        heads = self.teacher.heads
-        return [heads[term](x) if term in heads else x for x in self.teacher_features]
+        return [self.teacher.heads[term](x) for x in self.teacher_features]
 
     @cached_property
     def teacher_temperature(self):
@@ -179,12 +164,14 @@ class Batch:
         self.state[name] = move_center(center, means.mean(0))
         return center
 
-    def pairs(self, term, everywhere=True):
-        """[(student's points, teacher's points), ..] of different views: (B, D), of all ranks."""
+    def pairs(self, term):
+        """[(student's points, teacher's points), ..] of different views: (B, D)."""
+        return other_views(self.student_points(term), self.teacher_points(term))
+
+    def gathered_pairs(self, term):
+        """The same, with the points of all ranks."""
         sides = self.student_points(term), self.teacher_points(term)
-        if everywhere:
-            sides = [[gather(x.float()) for x in views] for views in sides]
-        return other_views(*sides)
+        return other_views(*([gather(x.float()) for x in views] for views in sides))
 
     def points(self):
         """For `panel`: points (B, D) of all processes of the student (None where there is but one
@@ -196,9 +183,7 @@ class Batch:
 
 
 def other_views(student, teacher):
-    """All (student's view, teacher's view) but those of one and the same view."""
-    return [(s, t) for (i, s), (j, t) in itertools.product(enumerate(student), enumerate(teacher))
-            if i != j]
+    return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
 
 def mean(values):
@@ -218,9 +203,9 @@ class Term:
     least: int = 1  # images in a batch
     hide: str = None  # how patches must be hidden, where it predicts them
     defaults: dict = field(default_factory=dict)  # options when it runs alone
-    # (args, vit, width of a feature, width of the teacher) -> head of both networks, predictor of
-    # the student; None for nothing
-    heads: callable = lambda args, vit, width, teacher_width: (None, None)
+    # both are called with (args, vit, width of a feature, width of the teacher)
+    head: callable = nn.Identity  # of both networks
+    predictor: callable = nn.Identity  # of the student
 
 
 OBJECTIVES = {}  # name -> Term; filled below, each entry under its function
@@ -230,20 +215,16 @@ SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features 
 WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to copy: MoCo v3, 16 : 1
 
 
-def batchnorm_mlp(args, width, dim, out, layers=2, last=True):
+def batchnorm_mlp(args, vit, width, _, out=None, layers=2, last=True, predictor=False):
     """A head as SimCLR, BYOL and MoCo v3 build it; `last`: a BatchNorm without scale behind it."""
-    behind = partial(BatchNorm, affine=False) if last else None
-    return mlp_head(dim, args.head_hidden or 4 * width, out, layers, BatchNorm, nn.ReLU, behind,
+    out = out or args.projection or 256
+    return mlp_head(out if predictor else width, args.head_hidden or 4 * width, out, layers,
+                    BatchNorm, nn.ReLU, partial(BatchNorm, affine=False) if last else None,
                     bias=False)
 
 
 def decoder(args, vit, out):
     return Decoder(vit.grid, vit.embed_dim, out, *args.decoder, drop_path=args.drop_path)
-
-
-def pixels(args):
-    """Values in a patch."""
-    return 3 * args.patch_size ** 2
 
 
 # ---- relations ---------------------------------------------------------------------------------
@@ -257,19 +238,24 @@ def rkd(batch):
     their number, are shared: each rank takes those at its own images, among the points of all.
     Deviations: the teacher is a moving average and not L2-normalised; the pull is ours.
     """
-    args = batch.args
-    pairs, B = batch.pairs("rkd"), len(batch.strong[0])
+    args, B, pairs = batch.args, len(batch.strong[0]), batch.gathered_pairs("rkd")
+    weights = dict(distance=args.distance_weight, angle=args.angle_weight, pull=args.pull_weight)
+
+    def weigh(losses):
+        return sum(weights[name] * loss for name, loss in losses.items())
+
     rank = dist.get_rank() if dist.is_initialized() else 0
-    vertices = slice(rank * B, (rank + 1) * B)  # the images of this rank
-    each = [relations(*pair, args, vertices) for pair in pairs]
+    each = [relations(*pair, args, slice(rank * B, (rank + 1) * B)) for pair in pairs]
     losses = {name: mean(found[name] for found in each) for name in each[0]}
-    total = weigh(losses, args)
     if args.pull_weight:
         losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
-        total = total + args.pull_weight * losses["pull"]
-    if args.patch_weight:
-        patches = relations(*same_patches(batch), args)
-        total = total + args.patch_weight * weigh(patches, args)
+    total = weigh(losses)
+    if args.patch_weight:  # among the patches of one crop: (G·B, N, D)
+        student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
+        if batch.mask is not None and args.hide == "drop":
+            teacher = teacher[~batch.mask].view(*student.shape[:2], -1)
+        patches = relations(student, teacher, args)
+        total = total + args.patch_weight * weigh(patches)
         losses |= {f"patch_{name}": loss for name, loss in patches.items()}
     return total, losses
 
@@ -284,33 +270,20 @@ def relations(student, teacher, args, vertices=None):
     return losses
 
 
-def weigh(losses, args):
-    weights = dict(distance=args.distance_weight, angle=args.angle_weight)
-    return sum(weights[name] * loss for name, loss in losses.items())
-
-
-def same_patches(batch):
-    """Patches of the student and the same ones of the teacher, of the same crop: (G·B, N, D)."""
-    student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
-    if batch.mask is not None and batch.args.hide == "drop":
-        teacher = teacher[~batch.mask].view(*student.shape[:2], -1)
-    return student, teacher
-
-
-def rkd_heads(args, vit, width, teacher_width):
+def rkd_head(args, vit, width, _):
     if not args.head:
-        return None, None
-    if args.head_batchnorm:  # SimCLR's
-        return batchnorm_mlp(args, width, width, args.head), None
-    return mlp_head(width, args.head_hidden or 4 * width, args.head), None
+        return nn.Identity()
+    if args.head_batchnorm:
+        return batchnorm_mlp(args, vit, width, _, out=args.head)
+    return mlp_head(width, args.head_hidden or 4 * width, args.head)
 
 
-OBJECTIVES["rkd"] = Term(rkd, least=3, heads=rkd_heads)
+OBJECTIVES["rkd"] = Term(rkd, least=3, head=rkd_head)
 
 
 def cka(batch):
     """Control: one number for all relations, 1 - CKA (Kornblith et al. 2019, arXiv 1905.00414)."""
-    return mean(cka_loss(*pair) for pair in batch.pairs("cka")), {}
+    return mean(cka_loss(*pair) for pair in batch.gathered_pairs("cka")), {}
 
 
 OBJECTIVES["cka"] = Term(cka, least=2)
@@ -323,7 +296,8 @@ def ressl(batch):
     Deviation: the other images of the batch stand for the queue of teacher embeddings.
     """
     temperatures = batch.args.temperature or 0.1, batch.teacher_temperature
-    return mean(ressl_loss(*pair, *temperatures) for pair in batch.pairs("ressl")), {}
+    pairs = batch.gathered_pairs("ressl")
+    return mean(ressl_loss(*pair, *temperatures) for pair in pairs), {}
 
 
 OBJECTIVES["ressl"] = Term(ressl, least=3)
@@ -334,13 +308,13 @@ def feature(batch):
 
     FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
     """
-    pairs = batch.pairs("feature", everywhere=False)
     return mean(F.smooth_l1_loss(s.float(), F.layer_norm(t.float(), t.shape[-1:]))
-                for s, t in pairs), {}
+                for s, t in batch.pairs("feature")), {}
 
 
-OBJECTIVES["feature"] = Term(feature, heads=lambda args, vit, width, teacher_width: (
-    None, nn.Linear(width, teacher_width * width // vit.embed_dim)))
+OBJECTIVES["feature"] = Term(
+    feature, predictor=lambda args, vit, width, teacher_width: nn.Linear(
+        width, teacher_width * width // vit.embed_dim))
 
 
 # ---- contrast ----------------------------------------------------------------------------------
@@ -353,12 +327,12 @@ def simclr(batch):
     """
     points = [gather(x.float()) for x in batch.student_points("simclr")]
     return mean(nt_xent_loss(a, b, batch.args.temperature or 0.1)
-                for a, b in itertools.combinations(points, 2)), {}
+                for a, b in combinations(points, 2)), {}
 
 
 OBJECTIVES["simclr"] = Term(
-    simclr, teacher=False, least=2, defaults=UNMASKED, heads=lambda args, vit, width, _: (
-        batchnorm_mlp(args, width, width, args.projection or 128), None))
+    simclr, teacher=False, least=2, defaults=UNMASKED,
+    head=lambda args, *widths: batchnorm_mlp(args, *widths, out=args.projection or 128))
 
 
 def moco(batch):
@@ -369,18 +343,13 @@ def moco(batch):
     before, which is the same but for the momentum's schedule, one step behind.
     """
     temperature = batch.args.temperature or 0.2
-    loss = mean(info_nce_loss(*pair, temperature) for pair in batch.pairs("moco"))
+    loss = mean(info_nce_loss(*pair, temperature) for pair in batch.gathered_pairs("moco"))
     return 2 * 2 * temperature * loss, {}  # two directions
 
 
-def moco_heads(args, vit, width, teacher_width):
-    out = args.projection or 256
-    return (batchnorm_mlp(args, width, width, out, layers=3),
-            batchnorm_mlp(args, width, out, out))
-
-
-OBJECTIVES["moco"] = Term(moco, through_head=True, least=2, defaults=UNMASKED | SLOW | WIDE,
-                          heads=moco_heads)
+OBJECTIVES["moco"] = Term(
+    moco, through_head=True, least=2, defaults=UNMASKED | SLOW | WIDE,
+    head=partial(batchnorm_mlp, layers=3), predictor=partial(batchnorm_mlp, predictor=True))
 
 
 # ---- self-distillation -------------------------------------------------------------------------
@@ -391,18 +360,13 @@ def byol(batch):
     |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
     Deviation: AdamW for LARS.
     """
-    pairs = batch.pairs("byol", everywhere=False)
-    return 2 * mean(byol_loss(*pair) for pair in pairs), {}
+    return 2 * mean(byol_loss(*pair) for pair in batch.pairs("byol")), {}
 
 
-def byol_heads(args, vit, width, teacher_width):
-    out = args.projection or 256
-    return (batchnorm_mlp(args, width, width, out, last=False),
-            batchnorm_mlp(args, width, out, out, last=False))
-
-
-OBJECTIVES["byol"] = Term(byol, through_head=True, least=2, heads=byol_heads,
-                          defaults=UNMASKED | WIDE | dict(momentum=0.996))
+OBJECTIVES["byol"] = Term(
+    byol, through_head=True, least=2, defaults=UNMASKED | WIDE | dict(momentum=0.996),
+    head=partial(batchnorm_mlp, last=False),
+    predictor=partial(batchnorm_mlp, last=False, predictor=True))
 
 
 def dino(batch, name="dino"):
@@ -420,14 +384,14 @@ def dino(batch, name="dino"):
     return mean(dino_loss(*pair, center, *temperatures) for pair in pairs), {}
 
 
-def prototype_heads(args, vit, width, teacher_width):
+def prototype_head(args, vit, width, _):
     return PrototypeHead(width, args.head_hidden or 4 * width, args.projection or 256,
-                         args.prototypes, BatchNorm if args.head_batchnorm else None), None
+                         args.prototypes, BatchNorm if args.head_batchnorm else None)
 
 
 SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
 
-OBJECTIVES["dino"] = Term(dino, through_head=True, defaults=UNMASKED | SHARP, heads=prototype_heads)
+OBJECTIVES["dino"] = Term(dino, through_head=True, defaults=UNMASKED | SHARP, head=prototype_head)
 
 
 def ibot(batch):
@@ -449,7 +413,7 @@ def ibot(batch):
 
 
 OBJECTIVES["ibot"] = Term(
-    ibot, through_head=True, hide="token", heads=prototype_heads, defaults=SHARP | dict(
+    ibot, through_head=True, hide="token", head=prototype_head, defaults=SHARP | dict(
         mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5))
 
 
@@ -478,35 +442,31 @@ def beit(batch):
 
 OBJECTIVES["beit"] = Term(
     beit, teacher=False, views=1, hide="token", defaults=dict(mask="block", mask_ratio=0.4),
-    heads=lambda args, vit, width, _: (None, nn.Linear(vit.embed_dim, args.prototypes)))
+    predictor=lambda args, vit, *_: nn.Linear(vit.embed_dim, args.prototypes))
 
 
 class RandomWords(nn.Module):
     """A stated substitute for BEiT's tokenizer: (B, 3, S, S) -> words (B, N), below K.
 
     BEST-RQ's quantizer (Chiu et al. 2022, arXiv 2202.01855): a frozen random projection of the
-    standardised patch, and the nearest of K random codes by cosine. Chosen over k-means of patches
-    because nothing is fitted, stored or resumed: it is a function of the seed. Any callable of this
-    signature can take its place: put a maker (args -> callable) into TOKENIZERS.
+    standardised patch, and the nearest of K random codes by cosine. A function of the seed alone.
     """
 
     def __init__(self, args, width=16):
         super().__init__()
-        generator = torch.Generator().manual_seed(args.seed)
-        pixels = 3 * args.patch_size ** 2
-        self.patch_size = args.patch_size
-        for name, shape in (("projection", (pixels, width)), ("codes", (args.prototypes, width))):
-            value = torch.randn(*shape, generator=generator)
+        self.patch_size, random = args.patch_size, torch.Generator().manual_seed(args.seed)
+        for name, rows in (("projection", 3 * args.patch_size ** 2), ("codes", args.prototypes)):
+            value = torch.randn(rows, width, generator=random)
             self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
     def forward(self, images):
-        patches = standardize(patchify(images, self.patch_size).flatten(2))  # (B, N, pixels)
-        return cosines((patches @ self.projection).flatten(0, 1), self.codes).argmax(1).view(
-            patches.shape[:2])
+        patches = standardize(patchify(images, self.patch_size).flatten(2))  # (B, N, 3·P·P)
+        points = (patches @ self.projection).flatten(0, 1)
+        return cosines(points, self.codes).argmax(1).view(patches.shape[:2])
 
 
-TOKENIZERS = dict(random=RandomWords)
+TOKENIZERS = dict(random=RandomWords)  # --tokenizer: maker, args -> callable as RandomWords
 
 
 def mae(batch):
@@ -528,7 +488,7 @@ def error_of_mean(patches, mask, p):
 
 OBJECTIVES["mae"] = Term(
     mae, teacher=False, views=1, hide="drop", defaults=dict(mask="random", mask_ratio=0.75),
-    heads=lambda args, vit, width, _: (None, decoder(args, vit, pixels(args))))
+    predictor=lambda args, vit, *_: decoder(args, vit, 3 * args.patch_size ** 2))
 
 
 def simmim(batch):
@@ -546,7 +506,7 @@ def simmim(batch):
 
 OBJECTIVES["simmim"] = Term(
     simmim, teacher=False, views=1, hide="token", defaults=dict(mask="random", mask_ratio=0.6),
-    heads=lambda args, vit, width, _: (None, nn.Linear(vit.embed_dim, pixels(args))))
+    predictor=lambda args, vit, *_: nn.Linear(vit.embed_dim, 3 * args.patch_size ** 2))
 
 
 def dbot(batch):
@@ -564,7 +524,7 @@ def dbot(batch):
 OBJECTIVES["dbot"] = Term(
     dbot, views=1, hide="drop",
     defaults=dict(mask="random", mask_ratio=0.75, teacher="frozen", stages=2),
-    heads=lambda args, vit, width, teacher_width: (None, decoder(args, vit, teacher_width)))
+    predictor=lambda args, vit, width, teacher_width: decoder(args, vit, teacher_width))
 
 
 # ---- sums --------------------------------------------------------------------------------------
@@ -601,9 +561,8 @@ def defaults(loss):
         raise ValueError(f"--loss {loss}: " + ", ".join(
             f"{name} needs --hide {term.hide}" for name, term in masked.items())
             + "; one student cannot do both: leave one out")
-    chosen = [*masked.values()] or [*terms.values()][:1]
     found = {}
-    for term in chosen:
+    for term in [*masked.values()] or [*terms.values()][:1]:
         for name, value in term.defaults.items():
             found[name] = value if found.get(name, value) == value else None
     return found | {"hide": way for way in ways}
@@ -617,14 +576,15 @@ def build_student(args, teacher_width=None, stage=0):
     vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
                            drop_path=args.drop_path, fixed_pos=args.fixed_pos)
     width = vit.embed_dim * (2 if args.pool == "cls+mean" else 1)
-    heads = {name: OBJECTIVES[name].heads(args, vit, width, teacher_width or vit.embed_dim)
-             for name in parse_loss(args.loss)}
+    widths, heads, predictors = (width, teacher_width or vit.embed_dim), {}, {}
+    for name in parse_loss(args.loss):
+        heads[name] = OBJECTIVES[name].head(args, vit, *widths)
+        predictors[name] = OBJECTIVES[name].predictor(args, vit, *widths)
     if args.hide == "drop" or not args.mask_ratio:
         vit.mask_token.requires_grad_(False)  # unused: DDP would wait for it
     if args.freeze_patch_embed:
         vit.patch_embed.requires_grad_(False)
-    return Network(vit, *({name: both[k] for name, both in heads.items() if both[k]}
-                          for k in (0, 1)))
+    return Network(vit, heads, predictors)
 
 
 class System(nn.Module):
@@ -656,8 +616,9 @@ class System(nn.Module):
             raise ValueError(f"--head {args.head} has no partner on a --teacher-checkpoint: "
                              "leave it out; relations need no common width")
         if any(OBJECTIVES[name].teacher for name in self.terms):
-            self.teacher = Network(given) if given else Network(
-                copy.deepcopy(vit), copy.deepcopy(self.student.heads))
+            self.teacher = Network(given or copy.deepcopy(vit),
+                                   {name: nn.Identity() for name in self.terms} if given
+                                   else copy.deepcopy(self.student.heads))
             self.teacher.requires_grad_(False).eval()
         centers = dict(dino=["dino"], ibot=["ibot", "ibot_patch"])
         self.state = {center: torch.zeros(args.prototypes)  # what terms remember: in checkpoints
@@ -688,29 +649,25 @@ class System(nn.Module):
 
     def next_stage(self, stage):
         """The student becomes the frozen teacher and a fresh student starts (dBOT, section 3)."""
-        student, names = self.student.state_dict(), set(self.teacher.state_dict())
-        self.teacher.load_state_dict({name: x for name, x in student.items() if name in names})
+        self.teacher.load_state_dict(self.student.state_dict(), strict=False)  # no predictor
         self.student.load_state_dict(build_student(self.args, stage=stage).state_dict())
 
+    def parts(self):
+        """Networks by their names in a checkpoint: another teacher than an average is `frozen`."""
+        name = "teacher" if self.args.teacher == "ema" else "frozen"
+        return {"student": self.student} | ({name: self.teacher} if self.teacher else {})
+
     def save(self):
-        """What a checkpoint keeps: a moving average is the `teacher`, another teacher `frozen`."""
-        state = dict(student=self.student.state_dict(), objective=self.state)
-        if self.teacher:
-            name = "teacher" if self.args.teacher == "ema" else "frozen"
-            state[name] = self.teacher.state_dict()
-        return state
+        networks = {name: part.state_dict() for name, part in self.parts().items()}
+        return dict(networks, objective=self.state)
 
     def load(self, state):
         """Take over what `save` kept: all of it, or nothing and a ValueError that lists why."""
-        parts = dict(student=self.student)
-        if self.teacher:
-            parts["teacher" if self.args.teacher == "ema" else "frozen"] = self.teacher
-        wrong = [f"{name}: {text}" for name, part in parts.items()
-                 for text in misfits(part.state_dict(), state.get(name))]
-        wrong += [f"objective: {text}" for text in misfits(self.state, state.get("objective"))]
+        wrong = [f"{name}: {text}"
+                 for name, own in self.save().items() for text in misfits(own, state.get(name))]
         if wrong:
             raise ValueError(listed(wrong))
-        for name, part in parts.items():
+        for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.state = {name: x.to(self.state[name]) for name, x in state["objective"].items()}
 
