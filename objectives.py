@@ -102,20 +102,19 @@ class Network(nn.Module):
 class Batch:
     """One batch as both networks see it; each thing is computed when a term first asks for it.
 
-    Lists hold one tensor per view, global views first. `progress` is the share of the run behind us.
+    Lists hold one tensor per view, global views first. `progress`: share of the run that is done.
     """
 
     def __init__(self, system, strong, weak, mask, progress):
         self.args, self.student, self.teacher = system.args, system.student, system.teacher
         self.state, self.tokenizer, self.cls_only = system.state, system.tokenizer, system.cls_only
-        self.strong, self.mask, self.progress = strong, mask, progress
-        self.globals = torch.cat(strong[:self.args.global_crops])  # (G·B, 3, S, S)
-        self.whole = (torch.cat(weak[:self.args.global_crops]) if self.args.weak_teacher
-                      else self.globals)
+        self.strong, self.mask, self.progress, G = strong, mask, progress, system.args.global_crops
+        self.globals = torch.cat(strong[:G])  # (G·B, 3, S, S)
+        self.whole = torch.cat(weak[:G]) if self.args.weak_teacher else self.globals
 
     @cached_property
     def tokens(self):
-        """The student's, of the global views: (G·B, 1 + N, D), V for N if hidden ones are dropped."""
+        """The student's, of the global views: (G·B, 1 + N, D), V for N if hidden are dropped."""
         return self.student.backbone(self.globals, self.mask, self.args.hide == "drop",
                                      cls_only=self.cls_only)
 
@@ -152,11 +151,12 @@ class Batch:
     def teacher_points(self, term):
         return [self.teacher.heads[term](x) for x in self.teacher_features]
 
-    @cached_property
-    def teacher_temperature(self):
-        """From its start to its end in a line over `teacher_warmup` of the run."""
+    @property
+    def temperatures(self):
+        """Of student and teacher; the teacher's moves linearly over `teacher_warmup` of a run."""
         start, end = self.args.teacher_temperature
-        return start + (end - start) * min(1, self.progress / max(1e-9, self.args.teacher_warmup))
+        warm = min(1, self.progress / max(1e-9, self.args.teacher_warmup))
+        return self.args.temperature or 0.1, start + (end - start) * warm
 
     def center(self, name, batch_mean):
         """The centre as it was before this batch, whose mean over all processes then moves it."""
@@ -165,17 +165,13 @@ class Batch:
         return center
 
     def pairs(self, term):
-        """[(student's points, teacher's points), ..] of different views: (B, D)."""
-        return other_views(self.student_points(term), self.teacher_points(term))
-
-    def gathered_pairs(self, term):
-        """The same, with the points of all ranks."""
+        """[(student's points, teacher's points), ..] of different views, of all ranks: (B, D)."""
         sides = self.student_points(term), self.teacher_points(term)
         return other_views(*([gather(x.float()) for x in views] for views in sides))
 
     def points(self):
-        """For `panel`: points (B, D) of all processes of the student (None where there is but one
-        view) and, of the other view, of the network that is kept."""
+        """For `panel`: (B, D) of all ranks, of the student (None with one view) and, of another
+        view, of `eval_network`."""
         theirs = self.teacher_features if self.args.teacher == "ema" else self.features
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
@@ -202,6 +198,7 @@ class Term:
     views: int = 2
     least: int = 1  # images in a batch
     hide: str = None  # how patches must be hidden, where it predicts them
+    centers: tuple = ()  # names of its running means of K teacher logits
     defaults: dict = field(default_factory=dict)  # options when it runs alone
     # both are called with (args, vit, width of a feature, width of the teacher)
     head: callable = nn.Identity  # of both networks
@@ -218,9 +215,9 @@ WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to c
 def batchnorm_mlp(args, vit, width, _, out=None, layers=2, last=True, predictor=False):
     """A head as SimCLR, BYOL and MoCo v3 build it; `last`: a BatchNorm without scale behind it."""
     out = out or args.projection or 256
+    behind = partial(BatchNorm, affine=False) if last else None
     return mlp_head(out if predictor else width, args.head_hidden or 4 * width, out, layers,
-                    BatchNorm, nn.ReLU, partial(BatchNorm, affine=False) if last else None,
-                    bias=False)
+                    BatchNorm, nn.ReLU, behind, bias=False)
 
 
 def decoder(args, vit, out):
@@ -232,13 +229,12 @@ def decoder(args, vit, out):
 def rkd(batch):
     """Masked relational distillation (relations: Park et al. 2019, arXiv 1904.05068).
 
-    w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views, never
-    from a student to a teacher. Relations are blind to any rigid motion, so nothing in them ties
-    the two views of one image together; the small pull does. The angles, which cost the cube of
-    their number, are shared: each rank takes those at its own images, among the points of all.
+    w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views.
+    Relations are blind to any rigid motion: only the small pull ties an image's views together.
+    Angles cost the cube of the number of images: each rank computes those at its own images.
     Deviations: the teacher is a moving average and not L2-normalised; the pull is ours.
     """
-    args, B, pairs = batch.args, len(batch.strong[0]), batch.gathered_pairs("rkd")
+    args, B, pairs = batch.args, len(batch.strong[0]), batch.pairs("rkd")
     weights = dict(distance=args.distance_weight, angle=args.angle_weight, pull=args.pull_weight)
 
     def weigh(losses):
@@ -277,14 +273,12 @@ def rkd_head(args, vit, width, _):
         return batchnorm_mlp(args, vit, width, _, out=args.head)
     return mlp_head(width, args.head_hidden or 4 * width, args.head)
 
-
 OBJECTIVES["rkd"] = Term(rkd, least=3, head=rkd_head)
 
 
 def cka(batch):
     """Control: one number for all relations, 1 - CKA (Kornblith et al. 2019, arXiv 1905.00414)."""
-    return mean(cka_loss(*pair) for pair in batch.gathered_pairs("cka")), {}
-
+    return mean(cka_loss(*pair) for pair in batch.pairs("cka")), {}
 
 OBJECTIVES["cka"] = Term(cka, least=2)
 
@@ -295,10 +289,7 @@ def ressl(batch):
     mean KL(softmax of the teacher's similarities / .04 || softmax of the student's / .1).
     Deviation: the other images of the batch stand for the queue of teacher embeddings.
     """
-    temperatures = batch.args.temperature or 0.1, batch.teacher_temperature
-    pairs = batch.gathered_pairs("ressl")
-    return mean(ressl_loss(*pair, *temperatures) for pair in pairs), {}
-
+    return mean(ressl_loss(*pair, *batch.temperatures) for pair in batch.pairs("ressl")), {}
 
 OBJECTIVES["ressl"] = Term(ressl, least=3)
 
@@ -308,9 +299,9 @@ def feature(batch):
 
     FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
     """
+    pairs = other_views(batch.student_points("feature"), batch.teacher_points("feature"))
     return mean(F.smooth_l1_loss(s.float(), F.layer_norm(t.float(), t.shape[-1:]))
-                for s, t in batch.pairs("feature")), {}
-
+                for s, t in pairs), {}
 
 OBJECTIVES["feature"] = Term(
     feature, predictor=lambda args, vit, width, teacher_width: nn.Linear(
@@ -329,23 +320,21 @@ def simclr(batch):
     return mean(nt_xent_loss(a, b, batch.args.temperature or 0.1)
                 for a, b in combinations(points, 2)), {}
 
-
 OBJECTIVES["simclr"] = Term(
     simclr, teacher=False, least=2, defaults=UNMASKED,
-    head=lambda args, *widths: batchnorm_mlp(args, *widths, out=args.projection or 128))
+    head=lambda args, *sizes: batchnorm_mlp(args, *sizes, out=args.projection or 128))
 
 
 def moco(batch):
     """MoCo v3 (Chen, Xie, He 2021, arXiv 2104.02057): find the teacher's view of the same image.
 
-    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all ranks;
-    q by head and predictor. The teacher moves before the keys are made: at the end of the step
-    before, which is the same but for the momentum's schedule, one step behind.
+    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all ranks; q by
+    head and predictor. Deviation: the teacher moves at the end of a step, not before the keys are
+    made, so the momentum's schedule is one step behind.
     """
     temperature = batch.args.temperature or 0.2
-    loss = mean(info_nce_loss(*pair, temperature) for pair in batch.gathered_pairs("moco"))
+    loss = mean(info_nce_loss(*pair, temperature) for pair in batch.pairs("moco"))
     return 2 * 2 * temperature * loss, {}  # two directions
-
 
 OBJECTIVES["moco"] = Term(
     moco, through_head=True, least=2, defaults=UNMASKED | SLOW | WIDE,
@@ -360,8 +349,8 @@ def byol(batch):
     |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
     Deviation: AdamW for LARS.
     """
-    return 2 * mean(byol_loss(*pair) for pair in batch.pairs("byol")), {}
-
+    pairs = other_views(batch.student_points("byol"), batch.teacher_points("byol"))
+    return 2 * mean(byol_loss(*pair) for pair in pairs), {}
 
 OBJECTIVES["byol"] = Term(
     byol, through_head=True, least=2, defaults=UNMASKED | WIDE | dict(momentum=0.996),
@@ -372,26 +361,24 @@ OBJECTIVES["byol"] = Term(
 def dino(batch, name="dino"):
     """DINO (Caron et al. 2021, arXiv 2104.14294): the teacher's soft choice among K prototypes.
 
-    Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature), t of the
-    global views, s of every other view.
+    Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature).
     Deviations: the teacher temperature moves each step, not each epoch; prototypes always have
     length 1; without a recipe, BatchNorm in the head and a teacher temperature of .02.
     """
     student, teacher = batch.student_points(name), batch.teacher_points(name)
     center = batch.center(name, torch.cat(teacher).float().mean(0))
-    temperatures = batch.args.temperature or 0.1, batch.teacher_temperature
-    pairs = other_views(student, teacher)
-    return mean(dino_loss(*pair, center, *temperatures) for pair in pairs), {}
+    return mean(dino_loss(*pair, center, *batch.temperatures)
+                for pair in other_views(student, teacher)), {}
 
 
 def prototype_head(args, vit, width, _):
     return PrototypeHead(width, args.head_hidden or 4 * width, args.projection or 256,
                          args.prototypes, BatchNorm if args.head_batchnorm else None)
 
-
 SHARP = SLOW | dict(pool="cls", lr=1e-3, head_batchnorm=True, teacher_temperature=[0.02, 0.02])
 
-OBJECTIVES["dino"] = Term(dino, through_head=True, defaults=UNMASKED | SHARP, head=prototype_head)
+OBJECTIVES["dino"] = Term(dino, through_head=True, centers=("dino",), head=prototype_head,
+                          defaults=UNMASKED | SHARP)
 
 
 def ibot(batch):
@@ -408,13 +395,12 @@ def ibot(batch):
         target = theirs.logits(z[batch.mask])  # (M, K)
         center = batch.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
     patch = masked_patch_loss(head(batch.tokens[:, 1:][batch.mask]), target, batch.mask, center,
-                              batch.args.temperature or 0.1, batch.teacher_temperature)
+                              *batch.temperatures)
     return image + patch, {"ibot_image": image, "ibot_patch": patch}
 
-
 OBJECTIVES["ibot"] = Term(
-    ibot, through_head=True, hide="token", head=prototype_head, defaults=SHARP | dict(
-        mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5))
+    ibot, through_head=True, hide="token", centers=("ibot", "ibot_patch"), head=prototype_head,
+    defaults=SHARP | dict(mask="block", mask_ratio=0.3, mask_spread=0.2, mask_probability=0.5))
 
 
 # ---- masked prediction -------------------------------------------------------------------------
@@ -426,19 +412,23 @@ def per_patch(loss, mask):
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
 
 
+def error_of_mean(patches, mask, p):
+    """What predicting the mean hidden patch of the batch would cost: a floor to beat."""
+    hidden = patches[mask]
+    return average((hidden - hidden.mean(0)).abs() ** p)
+
+
 def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
-    Cross-entropy over K words.
-    Deviations: the words are those of `--tokenizer`, for BEiT's own is an external network
-    (DALL-E's): see `RandomWords`; absolute positions, no LayerScale.
+    Cross-entropy over K words. Deviations: the words come from `--tokenizer` (`RandomWords`), for
+    BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale.
     """
     words = batch.tokenizer(batch.globals)[batch.mask]  # (M,)
     logits = batch.student.predictors["beit"](batch.tokens[:, 1:][batch.mask])  # (M, K)
     loss = per_patch(masked_token_loss(logits, words, batch.mask), batch.mask)
     return loss, {"beit_accuracy": lambda: (logits.argmax(1) == words).sum() / max(1, len(words)),
                   "beit_commonest": lambda: words.bincount(minlength=1).max() / max(1, len(words))}
-
 
 OBJECTIVES["beit"] = Term(
     beit, teacher=False, views=1, hide="token", defaults=dict(mask="block", mask_ratio=0.4),
@@ -465,7 +455,6 @@ class RandomWords(nn.Module):
         points = (patches @ self.projection).flatten(0, 1)
         return cosines(points, self.codes).argmax(1).view(patches.shape[:2])
 
-
 TOKENIZERS = dict(random=RandomWords)  # --tokenizer: maker, args -> callable as RandomWords
 
 
@@ -478,13 +467,6 @@ def mae(batch):
     prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
     return (pixel_loss(prediction, patches, batch.mask),
             {"mean_patch_mae": partial(error_of_mean, standardize(patches), batch.mask, 2)})
-
-
-def error_of_mean(patches, mask, p):
-    """What predicting the mean hidden patch of the batch would cost: a floor to beat."""
-    hidden = patches[mask]
-    return average((hidden - hidden.mean(0)).abs() ** p)
-
 
 OBJECTIVES["mae"] = Term(
     mae, teacher=False, views=1, hide="drop", defaults=dict(mask="random", mask_ratio=0.75),
@@ -503,7 +485,6 @@ def simmim(batch):
     return (per_patch(loss, batch.mask),
             {"mean_patch_simmim": partial(error_of_mean, patches, batch.mask, 1)})
 
-
 OBJECTIVES["simmim"] = Term(
     simmim, teacher=False, views=1, hide="token", defaults=dict(mask="random", mask_ratio=0.6),
     predictor=lambda args, vit, *_: nn.Linear(vit.embed_dim, 3 * args.patch_size ** 2))
@@ -520,7 +501,6 @@ def dbot(batch):
     prediction = batch.student.predictors["dbot"](batch.tokens, batch.mask)
     return feature_loss(prediction, target, F.pad(batch.mask, (1, 0), value=True), beta=2.0), {}
 
-
 OBJECTIVES["dbot"] = Term(
     dbot, views=1, hide="drop",
     defaults=dict(mask="random", mask_ratio=0.75, teacher="frozen", stages=2),
@@ -533,19 +513,19 @@ def parse_loss(text):
     """`dino+0.5*rkd` -> {"dino": 1.0, "rkd": 0.5}; ValueError names what is wrong."""
     terms = {}
     for piece in text.split("+"):
-        weight, star, name = piece.strip().rpartition("*")
+        weight, star, name = (part.strip() for part in piece.rpartition("*"))
+        if name not in OBJECTIVES:
+            raise ValueError(f"{name!r} in {text!r} is no term: choose from "
+                             f"{', '.join(OBJECTIVES)}, summed as in dino+0.5*rkd")
         try:
             value = float(weight if star else 1)
         except ValueError:
             value = math.nan
-        if name.strip() not in OBJECTIVES:
-            raise ValueError(f"{name.strip()!r} in {text!r} is no term: choose from "
-                             f"{', '.join(OBJECTIVES)}, summed as in dino+0.5*rkd")
         if not 0 < value < math.inf:
             raise ValueError(f"weight {weight!r} in {text!r} must be a number above 0")
-        if name.strip() in terms:
-            raise ValueError(f"{name.strip()} stands twice in {text!r}: give it one weight")
-        terms[name.strip()] = value
+        if name in terms:
+            raise ValueError(f"{name} stands twice in {text!r}: give it one weight")
+        terms[name] = value
     return terms
 
 
@@ -554,16 +534,15 @@ def defaults(loss):
 
     Where two terms want different masks the value is None: the user has to choose.
     """
-    terms = {name: OBJECTIVES[name] for name in parse_loss(loss)}
-    masked = {name: term for name, term in terms.items() if term.hide}
-    ways = {term.hide for term in masked.values()}
+    names = [*parse_loss(loss)]
+    masked = {name: OBJECTIVES[name].hide for name in names if OBJECTIVES[name].hide}
+    ways = {*masked.values()}
     if len(ways) > 1:
-        raise ValueError(f"--loss {loss}: " + ", ".join(
-            f"{name} needs --hide {term.hide}" for name, term in masked.items())
-            + "; one student cannot do both: leave one out")
+        needs = ", ".join(f"{name} needs --hide {way}" for name, way in masked.items())
+        raise ValueError(f"--loss {loss}: {needs}; one student cannot do both: leave one out")
     found = {}
-    for term in [*masked.values()] or [*terms.values()][:1]:
-        for name, value in term.defaults.items():
+    for term in [*masked] or names[:1]:
+        for name, value in OBJECTIVES[term].defaults.items():
             found[name] = value if found.get(name, value) == value else None
     return found | {"hide": way for way in ways}
 
@@ -576,10 +555,10 @@ def build_student(args, teacher_width=None, stage=0):
     vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
                            drop_path=args.drop_path, fixed_pos=args.fixed_pos)
     width = vit.embed_dim * (2 if args.pool == "cls+mean" else 1)
-    widths, heads, predictors = (width, teacher_width or vit.embed_dim), {}, {}
+    sizes, heads, predictors = (vit, width, teacher_width or vit.embed_dim), {}, {}
     for name in parse_loss(args.loss):
-        heads[name] = OBJECTIVES[name].head(args, vit, *widths)
-        predictors[name] = OBJECTIVES[name].predictor(args, vit, *widths)
+        heads[name] = OBJECTIVES[name].head(args, *sizes)
+        predictors[name] = OBJECTIVES[name].predictor(args, *sizes)
     if args.hide == "drop" or not args.mask_ratio:
         vit.mask_token.requires_grad_(False)  # unused: DDP would wait for it
     if args.freeze_patch_embed:
@@ -616,13 +595,10 @@ class System(nn.Module):
             raise ValueError(f"--head {args.head} has no partner on a --teacher-checkpoint: "
                              "leave it out; relations need no common width")
         if any(OBJECTIVES[name].teacher for name in self.terms):
-            self.teacher = Network(given or copy.deepcopy(vit),
-                                   {name: nn.Identity() for name in self.terms} if given
-                                   else copy.deepcopy(self.student.heads))
-            self.teacher.requires_grad_(False).eval()
-        centers = dict(dino=["dino"], ibot=["ibot", "ibot_patch"])
+            heads = {name: nn.Identity() for name in self.terms} if given else self.student.heads
+            self.teacher = copy.deepcopy(Network(given or vit, heads)).requires_grad_(False).eval()
         self.state = {center: torch.zeros(args.prototypes)  # what terms remember: in checkpoints
-                      for name in self.terms for center in centers.get(name, [])}
+                      for name in self.terms for center in OBJECTIVES[name].centers}
         self.tokenizer = TOKENIZERS[args.tokenizer](args) if "beit" in self.terms else None
 
     def to(self, device):
@@ -637,8 +613,7 @@ class System(nn.Module):
     def forward(self, strong, weak, mask, progress=0.0):
         """Views as lists of (B, 3, S, S), bool mask (G·B, N) or None -> loss, logs, points.
 
-        Logs are numbers, tensors, or functions that give one and are called only when a row is
-        written.
+        Logs are numbers, tensors, or functions: these are called only when a row is written.
         """
         batch, loss, logs = Batch(self, strong, weak, mask, progress), 0.0, {}
         for name, weight in self.terms.items():
