@@ -1,17 +1,9 @@
-"""Images in, batches of views out; every random choice is a function of (seed, epoch, index).
+"""Images in, batches of views out: view = colour(crop(image)), drawn by (seed, epoch, index, view).
 
-    view = colour(crop(image)),    parameters = hash(seed, epoch, index, view)
-
-So neither the order of work nor the number of workers or processes changes a sample, and a run
-resumes at any step with nothing but that step. Three sources: `textures`, drawn here from a seed;
-torchvision's small sets; a folder of images (ImageNet as it lies). Small images live in memory as
-one uint8 tensor, and their views are cut batched on the training device: a crop with its resize and
-flip is one small matrix for the rows and one for the columns. Large ones are decoded and cut by
-DataLoader workers, which hand over uint8. Colours are batched on the device for both (SimCLR: Chen
-et al. 2020, arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B).
-
-Left out: the random order of the four jitters (here brightness, contrast, saturation, hue).
-Letters: B images, S side of a view in pixels.
+Small sets are one uint8 tensor, and their views are cut batched on the training device. Images on
+disk are decoded and cut by DataLoader workers. Colours are batched on the device for both (SimCLR,
+arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B), without SimCLR's
+random order: here brightness, contrast, saturation, hue. B images, S side of a view in pixels.
 """
 import itertools
 import math
@@ -24,15 +16,14 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from randomness import uniform
 from textures import TEXTURES, textures
 
-# PIL refuses more than 179 million pixels; it need not warn of half as many
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors stay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used for every set
 
@@ -56,14 +47,13 @@ class UnreadableImages(ValueError):
 class Folder(torch.utils.data.Dataset):
     """Images on disk, decoded when asked for by (epoch, index); epoch None: the evaluation view.
 
-    An item is (views, index, indices that could not be read). In training an unreadable file is
-    replaced by the next index, the same one in every run.
+    An item is (views, index, indices that could not be read). In training the next index replaces
+    an unreadable one.
     """
 
     def __init__(self, files, labels, classes):
         self.files, self.labels, self.classes = files, torch.tensor(labels), classes
         self.unreadable = set()
-        self.cut, self.size = None, None  # set by train_batches and eval_batches below
 
     def __len__(self):
         return len(self.files)
@@ -85,7 +75,7 @@ class Folder(torch.utils.data.Dataset):
         if epoch is None:
             image = self.open(index)
             view = resize_center(image or Image.new("RGB", (self.size, self.size)), self.size)
-            return to_tensor(view), index, [] if image else [index]
+            return [pil_to_tensor(view)], index, [] if image else [index]
         bad = []
         for other in itertools.chain(range(index, len(self)), range(index)):
             image = self.open(other)
@@ -94,41 +84,28 @@ class Folder(torch.utils.data.Dataset):
             bad.append(other)
         raise UnreadableImages("no image of this set can be read")
 
-    def report(self, indices):
-        """Name files found unreadable, once per process; stop above a tenth of the set."""
+    def report(self, indices, looked_at=None):
+        """Name files found unreadable, once per process; stop above a tenth of those looked at."""
         for index in sorted(set(indices) - self.unreadable):
             print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
         self.unreadable.update(indices)
-        self.refuse(self.unreadable, len(self))
-
-    def refuse(self, bad, looked_at):
+        bad, looked_at = sorted(self.unreadable), looked_at or len(self)
         if len(bad) > 0.1 * looked_at:
-            names = [self.files[index] for index in sorted(bad)[:10]]
+            names = ", ".join(self.files[index] for index in bad[:10])
             raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
-                                   f"10 %: {', '.join(names)}{', ..' * (len(bad) > 10)}: repair or "
-                                   "remove them")
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # PIL -> uint8 (3, height, width)
+                                   f"10 %: repair or remove them: {names}")
 
 
 def resize_center(image, size):
     """The usual evaluation view: short side to size·256/224, centre crop; size x size stays."""
-    if image.size == (size, size):
-        return image
-    most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
-    if max(image.size) > most:
-        left, top = (max(0, side - most) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
     short = size if min(image.size) <= size else round(size * 256 / 224)
-    width, height = (max(short, round(side * short / min(image.size))) for side in image.size)
+    width, height = (round(side * short / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def scan(root):
-    """root/CLASS/../image -> files, and the class of each: None for images straight in root."""
+    """root/CLASS/../image -> files, and the class of each, "." for images straight in root."""
     Image.init()
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, names = [], []
@@ -138,7 +115,7 @@ def scan(root):
         for file in sorted(found):
             if os.path.splitext(file)[1].lower() in readable and not file.startswith("."):
                 files.append(os.path.join(place, file))
-                names.append(None if name == "." else name)
+                names.append(name)
     return files, names
 
 
@@ -147,26 +124,27 @@ def read_folder(path):
     if not path or not os.path.isdir(path):
         raise ValueError(f"--data-path {path!r} is no folder: give one that holds "
                          "train/CLASS/image and val/CLASS/image, or just images")
-    inner = [os.path.join(path, name) for name in ("train", "val", "test")]
-    files, names = scan(inner[0] if os.path.isdir(inner[0]) else path)
-    if not os.path.isdir(inner[0]):  # a bare folder of images; what lies deeper is another layout
-        files = [file for file, name in zip(files, names) if name is None]
-        names = [None] * len(files)
+    place, *held = (os.path.join(path, name) for name in ("train", "val", "test"))
+    if os.path.isdir(place):
+        files, names = scan(place)
+    else:  # a bare folder of images; what lies deeper is another layout
+        files = [file for file, name in zip(*scan(path)) if name == "."]
+        names = ["."] * len(files)
     if not files:
         raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/ "
                          "or beside it")
-    classes = sorted({name for name in names if name is not None})
+    classes = sorted({*names} - {"."})
     number = {name: k for k, name in enumerate(classes)}
-    train = Folder(files, [number.get(name, -1) for name in names], classes)
-    held = next((place for place in inner[1:] if os.path.isdir(place)), None)
+    train = in_memory(Folder(files, [number.get(name, -1) for name in names], classes))
+    held = [place for place in held if os.path.isdir(place)]
     if not classes or not held:
-        return in_memory(train), None
-    files, names = scan(held)
-    unknown = sorted({str(name) for name in names} - set(classes))
+        return train, None
+    files, names = scan(held[0])
+    unknown = sorted({*names} - {*classes})
     if unknown or not files:
-        raise ValueError(f"{held} has " + (f"classes that train/ lacks: {', '.join(unknown[:5])}"
-                                           if files else "no images"))
-    return in_memory(train), in_memory(Folder(files, [number[name] for name in names], classes))
+        raise ValueError(f"{held[0]} has " + (f"classes that train/ lacks: {', '.join(unknown[:5])}"
+                                              if files else "no images"))
+    return train, in_memory(Folder(files, [number[name] for name in names], classes))
 
 
 def in_memory(folder, probes=256, side=128, limit=2**30):
@@ -174,73 +152,57 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
     with ThreadPoolExecutor(8) as pool:
         some = np.unique(np.linspace(0, len(folder) - 1, probes).astype(int)).tolist()
         images = list(pool.map(folder.open, some))
-        folder.refuse([index for index, image in zip(some, images) if not image], len(some))
+        folder.report([i for i, image in zip(some, images) if not image], len(some))
         sizes = {image.size for image in images if image}
         width, height = max(sizes)
         if len(sizes) > 1 or max(width, height) > side or 3 * width * height * len(folder) > limit:
             return folder
-        pixels = torch.empty(len(folder), 3, height, width, dtype=torch.uint8)
-
-        def read(index):
-            image = folder.open(index)
-            if image:
-                pixels[index] = to_tensor(ImageOps.fit(image, (width, height)))
-            return bool(image)
-
-        readable = torch.tensor(list(pool.map(read, range(len(folder)))))
-    bad, good = (~readable).nonzero().flatten(), readable.nonzero().flatten()
-    folder.report(bad.tolist())
-    if len(bad):  # as on disk: the next index in its place, and never evaluated
-        pixels[bad] = pixels[good[torch.searchsorted(good, bad) % len(good)]]
-        folder.labels[bad] = -1
+        folder.cut = lambda image, *_: [pil_to_tensor(ImageOps.fit(image, (width, height)))]
+        items = pool.map(folder.__getitem__, ((0, i) for i in range(len(folder))))
+        [pixels], _, bad = collate(items)
+    folder.report(bad)
+    folder.labels[bad] = -1  # never evaluated
     return Images(pixels, folder.labels, folder.classes)
 
 
 def downloaded(make):
-    """`make(download=False)`, once rank 0 has downloaded what is missing; torchvision checks md5."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            found = make(download=False)
-        except RuntimeError:  # torchvision's: not found, or damaged
-            found = make(download=True)
-    if dist.is_initialized():
-        dist.barrier()
-        found = found if dist.get_rank() == 0 else make(download=False)
-    return found
+    """`make(download=..)`, first on rank 0, where torchvision downloads what is missing."""
+    if not dist.is_initialized():
+        return make(download=True)
+    if dist.get_rank() == 0:
+        found = make(download=True)
+    dist.barrier()
+    return found if dist.get_rank() == 0 else make(download=False)
 
 
 def from_torchvision(name, path):
     """CIFAR-10, CIFAR-100, STL-10 (train: with unlabelled) and Imagenette, downloaded on demand."""
     sets, root = torchvision.datasets, path or "downloads"
+    place = os.path.join(root, "imagenette2-160")
+
+    def fetch(download):
+        if download and not os.path.isdir(place):
+            sets.Imagenette(root, size="160px", download=True)
+
     try:
         if name == "imagenette":
-            place = os.path.join(root, "imagenette2-160")
-
-            def fetch(download):
-                if download:
-                    sets.Imagenette(root, size="160px", download=True)
-                elif not os.path.isdir(place):
-                    raise RuntimeError(f"{place} is not there")
-
             downloaded(fetch)
             counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
             if counts != [9469, 3925]:
                 raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: it is part of "
                                  "Imagenette; remove it, or use --data folder for your own")
             return read_folder(place)
-        if name == "stl10":
-            parts = [downloaded(partial(sets.STL10, root, part))
-                     for part in ("train+unlabeled", "test")]
-            return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
-                           part.classes) for part in parts]
-        kind = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
-        parts = [downloaded(partial(kind, root, train)) for train in (True, False)]
-        return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                       torch.tensor(part.targets), part.classes) for part in parts]
+        splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
+        parts = [downloaded(partial(getattr(sets, name.upper()), root, split)) for split in splits]
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): "
                          "name its folder with --data-path, or use --data folder or "
                          "textures") from error
+    if name == "stl10":
+        return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
+                       part.classes) for part in parts]
+    return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                   torch.tensor(part.targets), part.classes) for part in parts]
 
 
 DATASETS = "textures cifar10 cifar100 stl10 imagenette folder".split()
@@ -287,14 +249,12 @@ def crop_boxes(draw, height, width, scale):
     return top.long(), left.long(), h.long(), w.long()
 
 
-def resize_matrix(start, length, size_in, size_out, flip=None):
+def resize_matrix(start, length, size_in, size_out):
     """Antialiased bilinear resize of pixels start .. start + length -> (B, size_out, size_in)."""
-    out = torch.arange(size_out, device=start.device).expand(len(start), -1)
-    if flip is not None:
-        out = torch.where(flip.unsqueeze(1), size_out - 1 - out, out)
     scale = length.view(-1, 1, 1) / size_out
+    out = torch.arange(size_out, device=start.device).unsqueeze(1)
     source = torch.arange(size_in, device=start.device) - start.view(-1, 1, 1)  # within the crop
-    distance = (source + 0.5 - (out.unsqueeze(2) + 0.5) * scale).abs() / scale.clamp_min(1)
+    distance = (source + 0.5 - (out + 0.5) * scale).abs() / scale.clamp_min(1)
     weight = (1 - distance).clamp_min(0) * ((source >= 0) & (source < length.view(-1, 1, 1)))
     return weight / weight.sum(2, keepdim=True)
 
@@ -303,20 +263,12 @@ def crop(images, draw, size, scale):
     """Crop, resize, flip: uint8 (B, 3, height, width), draws (B, 23) -> (B, 3, S, S), 0 to 1."""
     height, width = images.shape[2:]
     top, left, h, w = crop_boxes(draw, height, width, scale)
-    rows = resize_matrix(top, h, height, size).unsqueeze(1)
-    columns = resize_matrix(left, w, width, size, flip=draw[:, 22] < 0.5).unsqueeze(1)
-    return rows @ unit(images) @ columns.mT
+    rows, columns = resize_matrix(top, h, height, size), resize_matrix(left, w, width, size)
+    columns = torch.where(draw[:, 22].view(-1, 1, 1) < 0.5, columns.flip(1), columns)
+    return rows.unsqueeze(1) @ unit(images) @ columns.unsqueeze(1).mT
 
 
-def crop_pil(image, box, flip, size):
-    """The same of one PIL image -> uint8 (3, S, S): what a loader's worker does."""
-    top, left, h, w = box
-    view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR)
-    return to_tensor(ImageOps.mirror(view) if flip else view)
-
-
-# Colours work in place, plane by plane, on tensors that they made themselves: a pass over the
-# pixels is what costs, on any device.
+# Colours work in place on tensors that they made themselves: passes over the pixels cost most.
 
 def grey(x):
     """ITU-R 601 luma, as torchvision: (B, 3, S, S) -> (B, 1, S, S)."""
@@ -410,16 +362,11 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
 
 
 def where_drawn(drawn, x, change):
-    """Images (B, ..) with `change(images, their rows)` where they were drawn, (B, 1, 1, 1).
-
-    A GPU would have to wait to know how many those are: there all are changed, and some chosen.
-    """
-    if x.device.type != "cpu":
+    """Images (B, ..) with `change(images, their rows)` where they were drawn, (B, 1, 1, 1)."""
+    if x.device.type != "cpu":  # a GPU would have to wait to know how many those are
         return torch.where(drawn, change(x, slice(None)), x)
     rows = drawn.flatten().nonzero().flatten()
-    if len(rows) == len(x):
-        return change(x, rows)
-    return x.index_put((rows,), change(x[rows], rows)) if len(rows) else x
+    return x.index_put((rows,), change(x[rows], rows))
 
 
 def normalize(x):
@@ -432,15 +379,16 @@ def cut(image, epoch, index, seed, views):
     draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one a view
     scales = torch.tensor([scale for _, scale in views]).T.unsqueeze(2)
     boxes = torch.stack(crop_boxes(draws, image.height, image.width, scales), 1).tolist()
-    flips = (draws[:, 22] < 0.5).tolist()
-    return [crop_pil(image, box, flip, size) for box, flip, (size, _) in zip(boxes, flips, views)]
+    crops = []
+    for (top, left, h, w), flip, (size, _) in zip(boxes, draws[:, 22] < 0.5, views):
+        view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR)
+        crops.append(pil_to_tensor(ImageOps.mirror(view) if flip else view))
+    return crops
 
 
 def collate(items):
     views, index, bad = zip(*items)
-    views = [torch.stack(x) for x in zip(*views)] if isinstance(views[0], list) else \
-        torch.stack(views)
-    return views, torch.tensor(index), [index for some in bad for index in some]
+    return [torch.stack(x) for x in zip(*views)], torch.tensor(index), [*itertools.chain(*bad)]
 
 
 def loader(folder, batches, workers, device):
@@ -496,16 +444,12 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
     pieces = [piece for piece in torch.as_tensor(indices).split(batch_size) if len(piece)]
     if isinstance(data, Images):
         for index in pieces:
-            images, sides = unit(data.images[index].to(device)), data.images.shape[2:]
-            if tuple(sides) != (size, size):
-                sides = [round(side * size / min(sides)) for side in sides]
-                images = F.interpolate(images, sides, mode="bilinear", antialias=True)
-                images = torchvision.transforms.functional.center_crop(images, size)
-            yield normalize(images), data.labels[index]
+            images = resize(unit(data.images[index].to(device)), size, antialias=True)
+            yield normalize(center_crop(images, size)), data.labels[index]
         return
     data.size = size
     keys = [[(None, i) for i in piece.tolist()] for piece in pieces]
-    for images, index, bad in loader(data, keys, workers, device):
+    for [images], index, bad in loader(data, keys, workers, device):
         data.report(bad)
         good = ~torch.isin(index, torch.tensor(bad))
         if good.any():
