@@ -45,10 +45,9 @@ class UnreadableImages(ValueError):
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images on disk, decoded when asked for by (epoch, index); epoch None: the evaluation view.
+    """Images on disk: folder[make, index] -> (make(image, index), index, unreadable indices).
 
-    An item is (views, index, indices that could not be read). In training the next index replaces
-    an unreadable one.
+    The next index replaces one that cannot be read.
     """
 
     def __init__(self, files, labels, classes):
@@ -71,16 +70,12 @@ class Folder(torch.utils.data.Dataset):
             return None
 
     def __getitem__(self, key):
-        epoch, index = key
-        if epoch is None:
-            image = self.open(index)
-            view = resize_center(image or Image.new("RGB", (self.size, self.size)), self.size)
-            return [pil_to_tensor(view)], index, [] if image else [index]
+        make, index = key
         bad = []
         for other in itertools.chain(range(index, len(self)), range(index)):
             image = self.open(other)
             if image:
-                return self.cut(image, epoch, other), other, bad
+                return make(image, other), other, bad
             bad.append(other)
         raise UnreadableImages("no image of this set can be read")
 
@@ -96,12 +91,13 @@ class Folder(torch.utils.data.Dataset):
                                    f"10 %: repair or remove them: {names}")
 
 
-def resize_center(image, size):
-    """The usual evaluation view: short side to size·256/224, centre crop; size x size stays."""
+def center_view(image, index, size):
+    """Of a PIL image for evaluation: short side to size·256/224, then the centre."""
     short = size if min(image.size) <= size else round(size * 256 / 224)
     width, height = (round(side * short / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+    image = image.resize((width, height), Image.BICUBIC)
+    return [pil_to_tensor(image.crop((left, top, left + size, top + size)))]
 
 
 def scan(root):
@@ -157,8 +153,11 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
         width, height = max(sizes)
         if len(sizes) > 1 or max(width, height) > side or 3 * width * height * len(folder) > limit:
             return folder
-        folder.cut = lambda image, *_: [pil_to_tensor(ImageOps.fit(image, (width, height)))]
-        items = pool.map(folder.__getitem__, ((0, i) for i in range(len(folder))))
+
+        def make(image, index):
+            return [pil_to_tensor(ImageOps.fit(image, (width, height)))]
+
+        items = pool.map(folder.__getitem__, ((make, i) for i in range(len(folder))))
         [pixels], _, bad = collate(items)
     folder.report(bad)
     folder.labels[bad] = -1  # never evaluated
@@ -305,10 +304,7 @@ def shift_hue(x, turns):
 
 
 def blur(x, sigma):
-    """Gaussian blur, sigma (B,) in pixels, kernel of a tenth of the side, reflected borders.
-
-    It is separable: one (S, S) matrix an image, for the rows and for the columns.
-    """
+    """Gaussian blur of sigma (B,) pixels: kernel of a tenth of the side, reflected borders."""
     S = x.shape[-1]
     radius = min(S - 1, math.ceil(S / 20), 8)  # sigma is at most 2: beyond 4 sigma is nothing
     offsets = torch.arange(-radius, radius + 1, device=x.device)
@@ -374,7 +370,7 @@ def normalize(x):
     return (x - x.new_tensor(MEAN).view(3, 1, 1)).div_(x.new_tensor(STD).view(3, 1, 1))
 
 
-def cut(image, epoch, index, seed, views):
+def cut(image, index, epoch, seed, views):
     """All crops of one PIL image: `views` is a list of (side, scale of area)."""
     draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one a view
     scales = torch.tensor([scale for _, scale in views]).T.unsqueeze(2)
@@ -391,29 +387,30 @@ def collate(items):
     return [torch.stack(x) for x in zip(*views)], torch.tensor(index), [*itertools.chain(*bad)]
 
 
-def loader(folder, batches, workers, device):
-    return torch.utils.data.DataLoader(folder, batch_sampler=batches, num_workers=workers,
-                                       collate_fn=collate, pin_memory=device.type == "cuda")
+def loaded(folder, keys, workers, device):
+    """Batches of folder[key] -> (list of uint8 views (B, 3, S, S) on the device, index (B,))."""
+    batches = torch.utils.data.DataLoader(folder, batch_sampler=keys, num_workers=workers,
+                                          collate_fn=collate, pin_memory=device.type == "cuda")
+    for views, index, bad in batches:
+        folder.report(bad)
+        yield [x.to(device, non_blocking=True) for x in views], index
 
 
 def coloured(crops, draw, options):
-    """Crops, uint8 or in [0, 1], with new colours (none where there are no options), normalised.
-
-    On a CPU some images at a time, so that the many passes over them stay in its cache.
-    """
+    """Crops, uint8 or in [0, 1], normalised, with new colours where there are options."""
     if not options:
         return normalize(unit(crops))
+    # on a CPU some images at a time: they stay in its cache
     few = max(1, 2**18 // crops.shape[-1]**2) if crops.device.type == "cpu" else len(crops)
     return torch.cat([normalize(colour(unit(x), d, **options))
                       for x, d in zip(crops.split(few), draw.split(few))])
 
 
 def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colours):
-    """Batches of views: for each (epoch, index (B,)) of `steps`, (index, weak, strong).
+    """For each (epoch, index (B,)) of `steps`: (index, weak, strong), lists of one tensor a view.
 
-    Both are lists, one normalised (B, 3, S, S) for each (side, scale of area) of `views`: weak is
-    cropped and flipped (an empty list where nobody wants it), strong the same crop with new
-    colours, where any of `colours` is given: a number, or a list of one a view.
+    Views are given as (side, scale of area). Weak ones are cropped and flipped (none unless `weak`),
+    strong ones have new colours besides. A colour option is a number, or a list of one a view.
     """
     def finish(crops, epoch, index):
         strong = [coloured(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
@@ -430,12 +427,10 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colo
             yield finish([crop(pixels, draw, *view) for draw, view in zip(draws, views)],
                          epoch, index)
         return
-    data.cut = partial(cut, seed=seed, views=views)
     steps, again = itertools.tee(steps)
-    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in steps)
-    for (epoch, _), (crops, index, bad) in zip(again, loader(data, keys, workers, device)):
-        data.report(bad)
-        crops = [x.to(device, non_blocking=True) for x in crops]
+    keys = ([(partial(cut, epoch=epoch, seed=seed, views=views), i) for i in index.tolist()]
+            for epoch, index in steps)
+    for (epoch, _), (crops, index) in zip(again, loaded(data, keys, workers, device)):
         yield finish(crops, epoch, index.to(device))
 
 
@@ -447,10 +442,8 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
             images = resize(unit(data.images[index].to(device)), size, antialias=True)
             yield normalize(center_crop(images, size)), data.labels[index]
         return
-    data.size = size
-    keys = [[(None, i) for i in piece.tolist()] for piece in pieces]
-    for [images], index, bad in loader(data, keys, workers, device):
-        data.report(bad)
-        good = ~torch.isin(index, torch.tensor(bad))
+    keys = [[(partial(center_view, size=size), i) for i in piece.tolist()] for piece in pieces]
+    for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device)):
+        good = index == asked  # the others replace unreadable images
         if good.any():
-            yield normalize(unit(images[good].to(device))), data.labels[index[good]]
+            yield normalize(unit(images[good.to(device)])), data.labels[index[good]]
