@@ -169,9 +169,9 @@ def downloaded(make):
     if not dist.is_initialized():
         return make(download=True)
     if dist.get_rank() == 0:
-        found = make(download=True)
+        make(download=True)
     dist.barrier()
-    return found if dist.get_rank() == 0 else make(download=False)
+    return make(download=False)
 
 
 def from_torchvision(name, path):
@@ -188,8 +188,8 @@ def from_torchvision(name, path):
             downloaded(fetch)
             counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
             if counts != [9469, 3925]:
-                raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: it is part of "
-                                 "Imagenette; remove it, or use --data folder for your own")
+                raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: remove it, or "
+                                 "use --data folder for your own")
             return read_folder(place)
         splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
         parts = [downloaded(partial(getattr(sets, name.upper()), root, split)) for split in splits]
@@ -197,11 +197,9 @@ def from_torchvision(name, path):
         raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): "
                          "name its folder with --data-path, or use --data folder or "
                          "textures") from error
-    if name == "stl10":
-        return [Images(torch.from_numpy(part.data), torch.from_numpy(part.labels).long(),
-                       part.classes) for part in parts]
-    return [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                   torch.tensor(part.targets), part.classes) for part in parts]
+    axes, labels = ((0, 1, 2, 3), "labels") if name == "stl10" else ((0, 3, 1, 2), "targets")
+    return [Images(torch.from_numpy(part.data).permute(axes).contiguous(),
+                   torch.as_tensor(getattr(part, labels)).long(), part.classes) for part in parts]
 
 
 DATASETS = "textures cifar10 cifar100 stl10 imagenette folder".split()
@@ -228,21 +226,16 @@ def unit(x):
 
 
 def crop_boxes(draw, height, width, scale):
-    """Random resized crops by torchvision's rule: draws (B, 23) -> top, left, h, w, (B,) int64.
-
-    Area uniform in `scale` of the image, aspect log-uniform in [3/4, 4/3]; the first of ten tries
-    that fits, else the largest central crop of an allowed aspect.
-    """
-    low, high = scale
+    """torchvision's RandomResizedCrop.get_params: draws (B, 23) -> top, left, h, w, (B,) int64."""
+    low, high = scale  # of the area; the aspect is log-uniform in 3/4 .. 4/3, each drawn ten times
     area = height * width * (low + (high - low) * draw[:, :10])
     aspect = torch.exp(math.log(4 / 3) * (2 * draw[:, 10:20] - 1))
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)
-    spare_w, spare_h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    some = fits.any(1)
-    w = torch.where(some, w.gather(1, first).squeeze(1), spare_w)
-    h = torch.where(some, h.gather(1, first).squeeze(1), spare_h)
+    some = fits.any(1)  # else the largest central crop of an allowed aspect
+    w = torch.where(some, w.gather(1, first).squeeze(1), min(width, round(height * 4 / 3)))
+    h = torch.where(some, h.gather(1, first).squeeze(1), min(height, round(width * 4 / 3)))
     top = torch.where(some, (draw[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).floor())
     left = torch.where(some, (draw[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).floor())
     return top.long(), left.long(), h.long(), w.long()
@@ -267,8 +260,6 @@ def crop(images, draw, size, scale):
     return rows.unsqueeze(1) @ unit(images) @ columns.unsqueeze(1).mT
 
 
-# Colours work in place on tensors that they made themselves: passes over the pixels cost most.
-
 def grey(x):
     """ITU-R 601 luma, as torchvision: (B, 3, S, S) -> (B, 1, S, S)."""
     red, green, blue = x.split(1, 1)
@@ -276,7 +267,7 @@ def grey(x):
 
 
 def shift_hue(x, turns):
-    """Exact HSV hue shift by `turns` (B, 1, 1): (B, 3, S, S) -> (B, 3, S, S).
+    """Exact HSV hue shift of (B, 3, S, S) by `turns` (B, 1, 1), in place where it can be.
 
     With c = max - min and the hue h in sixths of a turn, h = 1 + (g - r) / c where blue is least,
     3 + (b - g) / c where red is, 5 + (r - b) / c where green is. Back again (v clamped to 1 .. 2):
@@ -330,20 +321,20 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
            solarize_probability=0.0):
     """Jitter (p .8), grey, blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
 
-    Brightness, contrast and saturation vary by a factor in 1 ± jitter (saturation half as much, as
-    in BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
+    Brightness and contrast vary by a factor in 1 ± jitter, saturation half as much (BYOL), hue by
+    ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
     """
     draw = draw.view(len(x), 9, 1, 1, 1)
     factor = 1 + jitter * (2 * draw[:, 1:4] - 1)
-    bright, contrast, saturation = factor[:, 0], factor[:, 1], 1 + (factor[:, 2] - 1) / 2
 
     def jittered(x, rows):
-        b, c, s = bright[rows], contrast[rows], saturation[rows]
-        x = (x * b).clamp_(0, 1)
+        brightness, contrast, s = factor[rows].unbind(1)
+        s = 1 + (s - 1) / 2  # saturation
+        x = (x * brightness).clamp_(0, 1)
         mean = grey(x).mean((2, 3), keepdim=True)
-        x.mul_(c).add_(mean * (1 - c)).clamp_(0, 1)
-        shade = grey(x)
-        x.mul_(s).add_(shade.mul_(1 - s)).clamp_(0, 1)
+        x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+        shade = grey(x).mul_(1 - s)
+        x.mul_(s).add_(shade).clamp_(0, 1)
         return shift_hue(x, hue * (2 * draw[rows, 4, 0] - 1)) if hue else x
 
     x = where_drawn(draw[:, 0] < 0.8, x, jittered)
@@ -409,8 +400,8 @@ def coloured(crops, draw, options):
 def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colours):
     """For each (epoch, index (B,)) of `steps`: (index, weak, strong), lists of one tensor a view.
 
-    Views are given as (side, scale of area). Weak ones are cropped and flipped (none unless `weak`),
-    strong ones have new colours besides. A colour option is a number, or a list of one a view.
+    A view is (side, scale of area). Weak ones are cropped and flipped (none unless `weak`), strong
+    ones have new colours besides. A colour option is a number, or a list of one a view.
     """
     def finish(crops, epoch, index):
         strong = [coloured(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
@@ -422,10 +413,9 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colo
         images = data.images.to(device)
         for epoch, index in steps:
             index = index.to(device)
-            draws = [uniform(CROP_DRAWS, seed, epoch, index, view) for view in range(len(views))]
-            pixels = images[index]
-            yield finish([crop(pixels, draw, *view) for draw, view in zip(draws, views)],
-                         epoch, index)
+            crops = [crop(images[index], uniform(CROP_DRAWS, seed, epoch, index, k), *view)
+                     for k, view in enumerate(views)]
+            yield finish(crops, epoch, index)
         return
     steps, again = itertools.tee(steps)
     keys = ([(partial(cut, epoch=epoch, seed=seed, views=views), i) for i in index.tolist()]
