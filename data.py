@@ -81,14 +81,14 @@ class Folder(torch.utils.data.Dataset):
 
     def report(self, indices, looked_at=None):
         """Name files found unreadable, once per process; stop above a tenth of those looked at."""
-        for index in sorted(set(indices) - self.unreadable):
-            print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
-        self.unreadable.update(indices)
-        bad, looked_at = sorted(self.unreadable), looked_at or len(self)
+        bad, looked_at = sorted(self.unreadable.union(indices)), looked_at or len(self)
         if len(bad) > 0.1 * looked_at:
             names = ", ".join(self.files[index] for index in bad[:10])
             raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
-                                   f"10 %: repair or remove them: {names}")
+                                   f"10 %: repair or remove {names}")
+        for index in sorted(set(indices) - self.unreadable):
+            print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
+        self.unreadable.update(indices)
 
 
 def center_view(image, index, size):
