@@ -2,12 +2,10 @@
 
     score(class c) = sum of exp(cos(x, f_i) / temperature), i = the k nearest references of class c
 
-No training, no learning rate: the first thing to look at (Wu et al. 2018, arXiv 1805.01978, section
-3.4; k = 20 and temperature 0.07 are DINO's, arXiv 2104.14294). Relations do not see a common offset
-of the features; `--center` takes it away (the mean of the references). Cosines are ruled by the few
-directions in which features vary most; `--whiten` makes them more alike, and so tells what features
-know from the shape in which they hold it. Among several k the best is chosen on a held-out tenth of
-the references.
+Wu et al. 2018, arXiv 1805.01978, section 3.4; k = 20 and temperature 0.07 are DINO's, arXiv
+2104.14294. A held-out tenth of the references chooses among several k. Relational losses ignore a
+common offset of the features: `--center` subtracts it. The few directions of largest variance rule
+the cosines: `--whiten` makes the variances more alike.
 
     python eval_knn.py --checkpoint runs/rkd-textures/checkpoint.pt
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
@@ -45,10 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=Formatter)
 
     def error(self, message):
-        rank = int(os.environ.get("RANK") or 0)
-        print(f"{self.prog}: error: {f'rank {rank}: ' * bool(rank)}{one_line(message)}",
-              file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     @contextlib.contextmanager
     def one_line_errors(self):
@@ -75,10 +70,7 @@ def whole(low, high=2**32 - 1):
 
 
 def start_processes(name, timeout):
-    """Join the processes of torchrun or Slurm, if any -> rank, how many, device of this one.
-
-    `auto` takes CUDA, else MPS, else the CPU. nccl connects GPUs, gloo everything else.
-    """
+    """Join the processes of torchrun or Slurm, if any -> rank, world size, device."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         name = next(device for device in there if there[device])
@@ -125,52 +117,42 @@ FEATURES = [*POOLS, "last4", "pixels"]
 
 
 def features_of(vit, images, pool):
-    """(B, 3, S, S) -> (B, D), by two more pools than the model knows.
-
-    `last4` joins the CLS of the last four blocks, as DINO's probe does; `pixels`, the control, is
-    the image itself, averaged down to at most 32 x 32.
-    """
-    if pool == "pixels":
+    """(B, 3, S, S) -> (B, D)."""
+    if pool == "pixels":  # a control: the image itself
         return F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
-    if pool == "last4":
+    if pool == "last4":  # the CLS tokens of the last four blocks, as in DINO's probe
         return torch.cat([tokens[:, 0] for tokens in vit.last_blocks(images, 4)], 1)
     return pool_tokens(vit(images, cls_only=pool == "cls"), pool)
 
 
 @torch.no_grad()
 def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0,
-                     alive=None):
+                     alive=lambda: None):
     """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
 
-    Images without a label and unreadable ones are left out. Over processes, each takes a share and
-    all get the whole, in order. `alive()` is called with each batch.
+    Images without a label and unreadable ones are left out. Each process encodes a share, and all
+    get the whole, in order. `alive()` is called with each batch.
     """
     indices = torch.arange(len(data)) if indices is None else indices
-    indices = indices[data.labels[indices] >= 0]
     rank, world = ranks()
-    share = indices.tensor_split(world)[rank]
-    features, labels, was_training = [], [], vit.training
+    share = indices[data.labels[indices] >= 0].tensor_split(world)[rank]
+    features, labels = [torch.zeros(0)], [torch.zeros(0).long()]  # a share may be empty
+    was_training = vit.training
     vit.eval()
     for images, label in eval_batches(data, share, size, torch.device(device), workers):
         features.append(features_of(vit, images, pool).float().cpu())
         labels.append(label)
-        if alive:
-            alive()
+        alive()
     vit.train(was_training)
-    both = [torch.cat(x) if x else torch.zeros(0) for x in (features, labels)]
-    parts = [part for part in all_gather(both) if len(part[1])]  # a share may be empty
-    features, labels = (torch.cat(x) for x in zip(*parts)) if parts else both
-    return features, labels.long()
+    shares = all_gather((torch.cat(features), torch.cat(labels)))
+    return tuple(torch.cat(x) for x in zip(*shares))
 
 
 def knn_scores(train_features, train_labels, test_features, num_classes, ks, temperature=0.07):
-    """Weighted votes for several k from one search: (R, D), (R,), (M, D) -> {k: (M, C) float32}.
-
-    Rows are normalised here; k is at most R. Memory is bounded: some test rows at a time.
-    """
+    """Weighted votes for several k from one search: (R, D), (R,), (M, D) -> {k: (M, C) float32}."""
     train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
     scores = {k: test.new_zeros(len(test), num_classes) for k in ks}
-    rows = max(1, 2**26 // len(train))
+    rows = max(1, 2**26 // len(train))  # bounds the memory
     for start in range(0, len(test), rows):
         cos = test[start:start + rows] @ train.T
         cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
@@ -191,11 +173,9 @@ def percent(right):
 
 
 def whitening(features, power=1.0, floor=1e-4):
-    """Mean (D,) and matrix (D, D): (x - mean) @ matrix varies as std^(1 - power) in each direction.
+    """Mean (D,) and matrix (D, D): (x - mean) @ matrix has std^(1 - power) per principal direction.
 
-    The principal directions of features (M, D) over their standard deviations to the `power`: 0
-    only turns, 1 makes all directions alike. `floor` of the largest variance is added to each, so
-    that what is mere rounding is not blown up.
+    `floor` times the largest variance is added to each, so that rounding errors are not blown up.
     """
     mean = features.mean(0)
     x = (features - mean).double()
@@ -212,10 +192,10 @@ def knn_top1(train, test, k=20, center=False):
     return percent(scores.argmax(1) == test[1])
 
 
-def held_out(count, part=0.1, seed=0):
-    """Split 0 .. count - 1 at random: what to fit by, what to choose by -> two index tensors."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    cut = max(1, round(part * count)) if count > 1 else 0
+def held_out(count):
+    """Random split of 0 .. count - 1: indices to fit by, and a tenth to choose by."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    cut = max(1, round(0.1 * count)) if count > 1 else 0
     return order[cut:], order[:cut]
 
 
@@ -241,8 +221,7 @@ def evaluation_options(doc):
 def start(parser):
     """Command line -> options, network, training set, (features, labels) of references and tests.
 
-    The options come back complete: with the set, size and pool of the checkpoint where none is
-    given, rank, world, device, and `alive`, to be called where there is progress.
+    Set, size and pool default to the checkpoint's. The options gain rank, world, device, `alive()`.
     """
     args = parser.parse_args()
     with parser.one_line_errors():
@@ -305,33 +284,33 @@ def report(rows, result):
 def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
-    add("--k", type=whole(1), nargs="+", default=[10, 20, 100, 200], help="neighbours")
+    add("--k", type=whole(1), nargs="+", default=[10, 20, 100, 200],
+        help="neighbours, at most the references that are not held out")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
     add("--whiten", type=number(0, 1), default=0.0,
         help="centre, and divide each principal direction by its std to this power; 1: all alike")
     args, _, _, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
-    if ks != sorted(set(args.k)):
-        print(f"k is at most {len(fit)}, the references beside the held-out tenth: took {ks}")
-    if args.whiten or args.center:
-        mean, matrix = whitening(train[0], args.whiten) if args.whiten else (train[0].mean(0), None)
-        train, test = (((x - mean) @ matrix if args.whiten else x - mean, labels)
-                       for x, labels in (train, test))
+    if args.whiten:
+        mean, matrix = whitening(train[0], args.whiten)
+        train, test = (((x - mean) @ matrix, labels) for x, labels in (train, test))
+    elif args.center:
+        mean = train[0].mean(0)
+        train, test = ((x - mean, labels) for x, labels in (train, test))
     classes = int(max(train[1].max(), test[1].max())) + 1
 
     def accuracies(references, queries):
         """{k: percent right}; each process looks up its share of the queries."""
-        references, right = [x.to(args.device) for x in references], {k: [] for k in ks}
-        share = [x.tensor_split(args.world)[args.rank] for x in queries]
-        for features, labels in zip(*(x.split(4096) for x in share)):
+        references, right = [x.to(args.device) for x in references], []
+        share = [x.tensor_split(args.world)[args.rank].split(4096) for x in queries]
+        for features, labels in zip(*share):
             args.alive()
             scores = knn_scores(*references, features.to(args.device), classes, ks,
                                 args.temperature)
-            for k, x in scores.items():
-                right[k].append(x.argmax(1).cpu() == labels)
-        right = {k: torch.cat([*x, torch.zeros(0, dtype=torch.bool)]) for k, x in right.items()}
-        return {k: percent(torch.cat([part[k] for part in all_gather(right)])) for k in ks}
+            right.append(torch.stack([scores[k].argmax(1).cpu() == labels for k in ks]))
+        right = torch.cat(all_gather(torch.cat(right, 1)), 1)  # (number of ks, queries)
+        return dict(zip(ks, map(percent, right)))
 
     chosen_by = accuracies([x[fit] for x in train], [x[choose] for x in train])
     top1 = accuracies(train, test)
