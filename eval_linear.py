@@ -2,12 +2,10 @@
 
     logits = x̂ W + b,    x̂ = (x - mean) / std of the training features,    loss = cross-entropy
 
-The features are computed once; L heads, one a learning rate, are trained side by side as one matrix
-product, by SGD with momentum .9, no weight decay and a cosine schedule (DINO's probe, arXiv
-2104.14294, with the feature normalisation of MAE's, arXiv 2111.06377, table 9). A held-out tenth of
-the training images chooses the learning rate; the test images are counted once, for that head. With
---augment, each epoch sees new random crops and flips (the published protocol): one backbone pass
-feeds every head.
+L heads, one per learning rate, are trained side by side as one matrix product, by SGD with momentum
+.9, no weight decay and a cosine schedule (DINO's probe, arXiv 2104.14294, with the feature
+normalisation of MAE's, arXiv 2111.06377, table 9). A held-out tenth of the training images chooses
+the learning rate. Features are computed once; with --augment each epoch sees new crops and flips.
 
     python eval_linear.py --checkpoint runs/rkd-textures/checkpoint.pt
     python eval_linear.py --checkpoint c.pt --data folder --data-path /imagenet --augment
@@ -15,7 +13,6 @@ feeds every head.
 
 Left out: LARS and batches of 16384; MAE-like features gain about a point from them.
 """
-import itertools
 import math
 
 import torch
@@ -30,20 +27,15 @@ from randomness import generator
 class Heads:
     """L linear classifiers side by side, each with its learning rate.
 
-    Weights (C, L, D) and biases (C, L, 1): one matrix product serves all, and the softmax over the
-    first dimension runs along contiguous numbers (over a last one of ten it took half the step).
-    `parameters` shows them head by head, (L, D, C) and (L, 1, C).
+    The classes come first: a softmax over a last dimension of ten took half of the step.
     """
 
     def __init__(self, lrs, width, classes, device="cpu"):
         self.lrs = torch.tensor(lrs, device=device).view(-1, 1)
-        self.weight, self.bias = (torch.zeros(classes, len(lrs), n, device=device)
-                                  for n in (width, 1))
-        self.velocities = [torch.zeros_like(x) for x in (self.weight, self.bias)]
-
-    @property
-    def parameters(self):
-        return [x.permute(1, 2, 0) for x in (self.weight, self.bias)]
+        self.weight = torch.zeros(classes, len(lrs), width, device=device)
+        self.bias = torch.zeros(classes, len(lrs), 1, device=device)
+        self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.parameters = [x.permute(1, 2, 0) for x in (self.weight, self.bias)]  # views, (L, ., C)
 
     def logits(self, x):
         """(B, D) -> (L, B, C)."""
@@ -54,10 +46,9 @@ class Heads:
         error = self.logits(x).permute(2, 0, 1).softmax(0)  # (C, L, B)
         error[labels, :, torch.arange(len(x), device=x.device)] -= 1
         error /= len(x)
-        gradients = error @ x, error.sum(2, keepdim=True)
+        parameters, gradients = (self.weight, self.bias), (error @ x, error.sum(2, keepdim=True))
         lrs = self.lrs * (1 + math.cos(math.pi * progress)) / 2
-        for parameter, velocity, gradient in zip((self.weight, self.bias), self.velocities,
-                                                 gradients):
+        for parameter, velocity, gradient in zip(parameters, self.velocities, gradients):
             parameter.addcmul_(velocity.mul_(0.9).add_(gradient), lrs, value=-1)
 
     def accuracy(self, x, labels):
@@ -66,31 +57,29 @@ class Heads:
         return [percent(row) for row in torch.cat(right, 1)]
 
 
-def orders(count, batch, epochs, seed):
-    """(epoch, indices) batch by batch: a permutation an epoch, its smaller last batch included."""
-    for epoch in range(epochs):
-        order = torch.randperm(count, generator=generator(seed, epoch))
-        for index in order.split(batch):
-            yield epoch, index
+def orders(indices, args):
+    """(epoch, indices) per batch: one permutation per epoch, the smaller last batch included."""
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(indices), generator=generator(args.seed, epoch))
+        for batch in order.split(args.batch_size):
+            yield epoch, indices[batch]
 
 
-def augmented(args, vit, data, index_of, mean, std):
+def augmented(args, vit, data, indices):
     """(features, labels) of fresh crops (area .08 .. 1, as published) and flips, batch by batch.
 
-    Over processes each encodes its share of a batch, and all get the whole; a last one with fewer
-    images than processes is encoded whole by each.
+    Each process encodes its share of a batch, and all get the whole. A batch with fewer images than
+    processes is encoded whole by each.
     """
-    batches, again = itertools.tee((epoch, index_of[i]) for epoch, i in orders(
-        len(index_of), args.batch_size, args.epochs, args.seed))
     shares = ((epoch, i.tensor_split(args.world)[args.rank] if len(i) >= args.world else i)
-              for epoch, i in batches)
+              for epoch, i in orders(indices, args))
     loaded = train_batches(data, shares, [(args.image_size, (0.08, 1.0))], args.seed, args.device,
                            args.workers)
-    for (_, everyones), (index, (images,), _) in zip(again, loaded):
+    for (_, whole_batch), (index, (images,), _) in zip(orders(indices, args), loaded):
         batch = features_of(vit, images, args.pool).float().cpu(), data.labels[index.cpu()]
-        if len(everyones) >= args.world:
+        if len(whole_batch) >= args.world:
             batch = [torch.cat(x) for x in zip(*all_gather(batch))]
-        yield (batch[0] - mean) / std, batch[1]
+        yield batch
 
 
 @torch.no_grad()
@@ -102,8 +91,7 @@ def main():
         help="learning rates, absolute, one head each")
     add("--epochs", type=whole(1), default=100, help="passes over the training images")
     add("--batch-size", type=whole(1), default=1024, help="images per step")
-    add("--augment", action="store_true",
-        help="new crops and flips each epoch (the published protocol)")
+    add("--augment", action="store_true", help="new crops and flips each epoch, as published")
     add("--seed", type=whole(0), default=0, help="of the order and of the crops")
     args, vit, data, train, test = start(parser)
     fit, choose = held_out(len(train[1]))
@@ -114,10 +102,10 @@ def main():
         vit.eval()
         labelled = (data.labels >= 0).nonzero().flatten()
         labelled = labelled[~torch.isin(labelled, torch.tensor(sorted(data.unreadable)))]
-        batches = augmented(args, vit, data, labelled[fit], mean, std)
+        batches = (((features - mean) / std, labels)
+                   for features, labels in augmented(args, vit, data, labelled[fit]))
     else:
-        order = orders(len(fit), args.batch_size, args.epochs, args.seed)
-        batches = ((x[fit[i]], y[fit[i]]) for _, i in order)
+        batches = ((x[i], y[i]) for _, i in orders(fit, args))
     heads = Heads(args.lrs, x.shape[1], int(max(y.max(), test_y.max())) + 1)
     total = args.epochs * math.ceil(len(fit) / args.batch_size)
     bar = tqdm(batches, total=total, disable=None if args.rank == 0 else True)
