@@ -238,8 +238,7 @@ def start(parser):
         vit.grid_of(args.image_size, args.image_size)  # refuses a size that patches do not divide
         sets = load_data(args.data, args.data_path, args.image_size)
         if sets[1] is None:
-            raise ValueError(f"--data-path {args.data_path} has no classes, or no val/ or test/ to "
-                             "measure by")
+            raise ValueError(f"--data-path {args.data_path} needs classes and a val/ or test/")
         vit.to(args.device)
         return args, vit, sets[0], *cached_features(args, vit, sets)
 
@@ -306,8 +305,8 @@ def main():
         share = [x.tensor_split(args.world)[args.rank].split(4096) for x in queries]
         for features, labels in zip(*share):
             args.alive()
-            scores = knn_scores(*references, features.to(args.device), classes, ks,
-                                args.temperature)
+            features = features.to(args.device)
+            scores = knn_scores(*references, features, classes, ks, args.temperature)
             right.append(torch.stack([scores[k].argmax(1).cpu() == labels for k in ks]))
         right = torch.cat(all_gather(torch.cat(right, 1)), 1)  # (number of ks, queries)
         return dict(zip(ks, map(percent, right)))

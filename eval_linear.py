@@ -73,8 +73,8 @@ def augmented(args, vit, data, indices):
     """
     shares = ((epoch, i.tensor_split(args.world)[args.rank] if len(i) >= args.world else i)
               for epoch, i in orders(indices, args))
-    loaded = train_batches(data, shares, [(args.image_size, (0.08, 1.0))], args.seed, args.device,
-                           args.workers)
+    views = [(args.image_size, (0.08, 1.0))]
+    loaded = train_batches(data, shares, views, args.seed, args.device, args.workers)
     for (_, whole_batch), (index, (images,), _) in zip(orders(indices, args), loaded):
         batch = features_of(vit, images, args.pool).float().cpu(), data.labels[index.cpu()]
         if len(whole_batch) >= args.world:
@@ -114,7 +114,7 @@ def main():
         heads.step(features, labels, step / total)
     chosen_by, top1 = heads.accuracy(x[choose], y[choose]), heads.accuracy(test_x, test_y)
     best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
-    rows = [(str(lr), *both) for lr, *both in zip(args.lrs, chosen_by, top1)]
+    rows = list(zip(map(str, args.lrs), chosen_by, top1))
     report([("lr", "held out", "test")] + rows, {"linear_top1": top1[best], "lr": args.lrs[best],
                                                  "references": len(fit), "tests": len(test_y)})
 
