@@ -86,9 +86,8 @@ def augmented(args, vit, data, indices):
 def main():
     parser = evaluation_options(__doc__)
     add = parser.add_argument
-    add("--lrs", type=number(1e-9), nargs="+",
-        default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
-        help="learning rates, absolute, one head each")
+    add("--lrs", type=number(1e-9), nargs="+", help="learning rates, absolute, one head each",
+        default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
     add("--epochs", type=whole(1), default=100, help="passes over the training images")
     add("--batch-size", type=whole(1), default=1024, help="images per step")
     add("--augment", action="store_true", help="new crops and flips each epoch, as published")
