@@ -1,9 +1,15 @@
-"""Images in, batches of views out: view = colour(crop(image)), drawn by (seed, epoch, index, view).
+"""Images in, batches of views out.
 
-Small sets are one uint8 tensor, and their views are cut batched on the training device. Images on
-disk are decoded and cut by DataLoader workers. Colours are batched on the device for both (SimCLR,
-arXiv 2002.05709, appendix A; in the form of BYOL, arXiv 2006.07733, appendix B), without SimCLR's
-random order: here brightness, contrast, saturation, hue. B images, S side of a view in pixels.
+    view = colour(crop(image)),    parameters = hash(seed, epoch, index, view)
+
+So neither the order of work nor the number of workers or processes changes a sample. Small sets are
+one uint8 tensor, and their views are cut batched on the training device: a crop with its resize and
+flip is one small matrix for the rows and one for the columns. Images on disk are decoded and cut by
+DataLoader workers. Colours are batched on the device for both (SimCLR, arXiv 2002.05709, appendix
+A; in the form of BYOL, arXiv 2006.07733, appendix B).
+
+Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue.
+Letters: B images, S side of a view in pixels.
 """
 import itertools
 import math
@@ -93,6 +99,10 @@ class Folder(torch.utils.data.Dataset):
 
 def center_view(image, index, size):
     """Of a PIL image for evaluation: short side to size·256/224, then the centre."""
+    most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
+    if max(image.size) > most:
+        left, top = (max(0, side - most) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     short = size if min(image.size) <= size else round(size * 256 / 224)
     width, height = (round(side * short / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
