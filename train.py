@@ -277,7 +277,7 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
                               own(ratio) if torch.is_tensor(ratio) else ratio)
     unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
     mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
-    return mask.pin_memory() if torch.cuda.is_available() else mask
+    return mask.pin_memory() if next(system.parameters()).is_cuda else mask
 
 
 def open_batches(args, train_set, start, stop, rank, world, device):
@@ -333,7 +333,7 @@ def differences(old, new, prefix="", but=()):
             if name not in but and (name not in old or old[name] != value)]
 
 
-def load_state(path, state, system, optimizer):
+def load_state(state, system, optimizer):
     """Restore networks and optimizer, all or nothing: ValueError where the file does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = state.get("optimizer", {}).get("state", {})
@@ -371,7 +371,7 @@ def resume(args, system, optimizer, train_set):
             if given and not free:  # a run that began from another path is another run
                 other += differences(state["args"], dict(resume=args.resume), "--")
             if free or not other:
-                load_state(path, state, system, optimizer)
+                load_state(state, system, optimizer)
         except (ValueError, RuntimeError, AttributeError) as error:  # the one before may be intact
             problems.append(f"--resume {path}: no checkpoint of such a run ({str(error)[:400]})")
             continue
@@ -431,6 +431,7 @@ class Log:
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # a cut line
                         row = json.loads(line)
                         self.rows += [row] if 0 <= row["step"] <= step else []
+        self.panels = [row for row in self.rows if self.has_panel(row)]
         self.warned = self.collapsed()
         self.put()
 
@@ -455,6 +456,7 @@ class Log:
 
     def write(self, row):
         self.rows.append({name: rounded(x) for name, x in row.items()})
+        self.panels += self.rows[-1:] if self.has_panel(self.rows[-1]) else []
         self.put()
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
@@ -466,11 +468,13 @@ class Log:
                  "below a tenth: they collapse; try a lower --lr, a smaller --pull-weight or a "
                  "--momentum closer to 1")
 
+    def has_panel(self, row):
+        return row.get("effective_rank") is not None and row.get("feature_std") is not None
+
     def collapsed(self):
         """Are the rank or the spread of the last three rows far below those of the first row?"""
-        rows = [row for row in self.rows if row.get("effective_rank") and row.get("feature_std")]
-        return len(rows) >= 5 and any(
-            max(row[name] for row in rows[-3:]) < share * rows[0][name]
+        return len(self.panels) >= 5 and any(
+            max(row[name] for row in self.panels[-3:]) < share * self.panels[0][name]
             for name, share in (("effective_rank", 1 / 2), ("feature_std", 1 / 10)))
 
 
