@@ -425,14 +425,12 @@ class Log:
 
     def __init__(self, folder, step):
         self.path, self.rows, self.unwritten = os.path.join(folder, "log.jsonl"), [], True
+        self.first, self.low = None, 0
         if step and os.path.exists(self.path):
-            with open(self.path, errors="replace") as file:
-                for line in file:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a cut line
-                        row = json.loads(line)
-                        self.rows += [row] if 0 <= row["step"] <= step else []
-        self.panels = [row for row in self.rows if self.has_panel(row)]
-        self.warned = self.collapsed()
+            rows = analyze.read_json_lines(self.path)
+            self.rows = [row for row in rows if 0 <= row.get("step", -1) <= step]
+        for row in self.rows:
+            self.count_low(row)
         self.put()
 
     def last(self):
@@ -456,26 +454,25 @@ class Log:
 
     def write(self, row):
         self.rows.append({name: rounded(x) for name, x in row.items()})
-        self.panels += self.rows[-1:] if self.has_panel(self.rows[-1]) else []
         self.put()
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
                                  for name in shown.split() if row.get(name) is not None))
-        if self.collapsed() and not self.warned:
-            self.warned = True
+        self.count_low(self.rows[-1])
+        if self.low == 3:
             warn("the effective rank of the points fell below half of its start, or their spread "
                  "below a tenth: they collapse; try a lower --lr, a smaller --pull-weight or a "
                  "--momentum closer to 1")
 
-    def has_panel(self, row):
-        return row.get("effective_rank") is not None and row.get("feature_std") is not None
-
-    def collapsed(self):
-        """Are the rank or the spread of the last three rows far below those of the first row?"""
-        return len(self.panels) >= 5 and any(
-            max(row[name] for row in self.panels[-3:]) < share * self.panels[0][name]
-            for name, share in (("effective_rank", 1 / 2), ("feature_std", 1 / 10)))
+    def count_low(self, row):
+        """Count rows in succession whose rank or spread is far below that of the first row."""
+        if row.get("effective_rank") is None or row.get("feature_std") is None:
+            return
+        self.first = self.first or row
+        low = any(row[name] < share * self.first[name]
+                  for name, share in (("effective_rank", 1 / 2), ("feature_std", 1 / 10)))
+        self.low = self.low + 1 if low else 0
 
 
 # ---- evaluating and stepping -------------------------------------------------------------------
