@@ -11,6 +11,7 @@ A; in the form of BYOL, arXiv 2006.07733, appendix B).
 Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue.
 Letters: B images, S side of a view in pixels.
 """
+import hashlib
 import itertools
 import math
 import os
@@ -46,7 +47,11 @@ class Images:
         return len(self.labels)
 
 
-class UnreadableImages(ValueError):
+class DataError(ValueError):
+    """The run cannot go on, since images cannot be read: why, in one line, and the way out."""
+
+
+class UnreadableImages(DataError):
     """More than a tenth of a set cannot be read."""
 
 
@@ -95,6 +100,15 @@ class Folder(torch.utils.data.Dataset):
         for index in sorted(set(indices) - self.unreadable):
             print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
         self.unreadable.update(indices)
+
+
+def fingerprint(data):
+    """Which images and labels a set holds: 16 hex digits, the same for a folder that was moved."""
+    facts = [*data.classes, *map(str, data.labels.tolist())]
+    if isinstance(data, Folder):
+        root = os.path.commonpath(data.files)
+        facts += [os.path.relpath(file, root) for file in data.files]
+    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
 
 
 def center_view(image, index, size):
@@ -218,6 +232,9 @@ DATASETS = "textures cifar10 cifar100 stl10 imagenette folder".split()
 def load_data(name, path=None, image_size=32):
     """-> train, test (None where there is nothing to evaluate by), each `Images` or `Folder`."""
     if name == "textures":
+        if path:
+            raise ValueError(f"--data textures is drawn, and reads no --data-path {path}: leave "
+                             "one of them out")
         return [Images(*textures(count, seed, image_size)[:2], TEXTURES)
                 for count, seed in ((10000, 0), (1000, 1))]
     if name == "folder":

@@ -26,9 +26,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
 
-from data import DATASETS, eval_batches, load_data
+from data import DATASETS, eval_batches, fingerprint, load_data
 from model import ARCHS, POOLS, pool_tokens
 from weights import one_line, open_backbone, write_file
+
+if sys.version_info < (3, 11):
+    sys.exit(f"nanoRKD needs Python 3.11 or later, and this is {sys.version.split()[0]}")
 
 
 # ---- how every script starts: options and processes ----------------------------------------------
@@ -41,6 +44,9 @@ class Parser(argparse.ArgumentParser):
                         argparse.RawDescriptionHelpFormatter):
             pass
         super().__init__(description=doc, formatter_class=Formatter)
+        for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a path
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -77,7 +83,12 @@ def start_processes(name, timeout):
     if not there[name]:
         raise ValueError(f"--device {name}: there is none here; leave it out to take what is there")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK") or 0) if name == "cuda" else None)
-    if "RANK" in os.environ:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if not os.environ.get("RANK") and tasks != "1":
+        raise ValueError(f"{tasks} tasks of Slurm and no RANK: each would run alone. Set RANK="
+                         "$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
+                         "MASTER_ADDR MASTER_PORT (see README), or start one task with torchrun")
+    if os.environ.get("RANK"):
         if name == "cuda":
             torch.cuda.set_device(device)
         watch(2 * timeout)  # a peer may never come
@@ -206,7 +217,8 @@ def evaluation_options(doc):
     add = parser.add_argument
     add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
-    add("--data", choices=DATASETS, help="default: the set of the checkpoint")
+    add("--data", choices=DATASETS,
+        help="default: folder with --data-path, else the set of the checkpoint")
     add("--data-path", help="folder of the data; a path in a checkpoint is never followed")
     add("--image-size", type=whole(1, 8192), help="side in pixels; default: the checkpoint's")
     add("--pool", choices=FEATURES, help="feature; default: the checkpoint's, else cls")
@@ -228,7 +240,7 @@ def start(parser):
         args.rank, args.world, args.device = start_processes(args.device, args.timeout)
         args.alive = lambda: watch(args.timeout)
         vit, options = open_backbone(args.checkpoint, args.arch)
-        args.data = args.data or options.get("data")
+        args.data = args.data or ("folder" if args.data_path else options.get("data"))
         args.pool = args.pool or options.get("pool", "cls")
         args.image_size = args.image_size or options["image_size"]
         if args.data not in DATASETS or args.pool not in FEATURES:
@@ -236,6 +248,9 @@ def start(parser):
                              f"{str(args.pool)[:40]!r}: add --data, one of {', '.join(DATASETS)}, "
                              f"and --pool, one of {', '.join(FEATURES)}")
         vit.grid_of(args.image_size, args.image_size)  # refuses a size that patches do not divide
+        if args.pool == "last4" and len(vit.blocks) < 4:
+            raise ValueError(f"--pool last4 joins the last four blocks, and {args.checkpoint} has "
+                             f"{len(vit.blocks)}: take cls or mean")
         sets = load_data(args.data, args.data_path, args.image_size)
         if sets[1] is None:
             raise ValueError(f"--data-path {args.data_path} needs classes and a val/ or test/")
@@ -251,7 +266,8 @@ def cached_features(args, vit, sets):
             os.makedirs(args.cache, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--cache {args.cache} cannot be a folder: {error}") from error
-        key = repr((args.data, args.data_path, args.image_size, args.pool)).encode()
+        key = repr((args.arch, args.data, args.image_size, args.pool,
+                    *map(fingerprint, sets))).encode()
         with open(args.checkpoint, "rb") as file:
             path = os.path.join(args.cache, hashlib.sha256(key + file.read()).hexdigest() + ".pt")
         with contextlib.suppress(Exception):  # not there, or cut short when its writer was killed
