@@ -280,7 +280,7 @@ def cka(batch):
     """Control: one number for all relations, 1 - CKA (Kornblith et al. 2019, arXiv 1905.00414)."""
     return mean(cka_loss(*pair) for pair in batch.pairs("cka")), {}
 
-OBJECTIVES["cka"] = Term(cka, least=2)
+OBJECTIVES["cka"] = Term(cka, least=3)
 
 
 def ressl(batch):

@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -31,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import analyze
-from data import DATASETS, UnreadableImages, load_data, train_batches
+from data import DATASETS, DataError, fingerprint, load_data, train_batches
 from eval_knn import (Parser, all_gather, extract_features, knn_top1, number, ranks,
                       start_processes, watch, whole)
 from losses import effective_rank, panel
@@ -40,6 +41,11 @@ from model import ARCHS, POOLS, ema_update
 from objectives import OBJECTIVES, RECIPES, TOKENIZERS, System, defaults, parse_loss
 from randomness import fold, generator
 from weights import listed, misfits, one_line, read_file, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -52,7 +58,7 @@ def options():
     add("--recipe", choices=RECIPES, help="published hyper-parameters; options beside it win")
     add("--loss", default="rkd", metavar="SUM",
         help=f"a term or a weighted sum, as dino+0.5*rkd, of {', '.join(OBJECTIVES)}")
-    add("--data", default="textures", choices=DATASETS, help="textures: built in; folder: yours")
+    add("--data", choices=DATASETS, help="default: textures (built in); folder with --data-path")
     add("--data-path", help="folder: train/CLASS/image, val/CLASS/image; else where the set is")
     add("--workers", type=whole(0, 512), default=4, help="decoding workers per process (folders)")
 
@@ -151,6 +157,7 @@ def parse(words=None):
         if args.teacher_checkpoint:
             parser.set_defaults(teacher="frozen", stages=1, pull_weight=0.0)
         args = parser.parse_args(words)
+        args.data = args.data or ("folder" if args.data_path else "textures")
         refuse(args)
         if not any(OBJECTIVES[name].teacher for name in parse_loss(args.loss)):
             args.teacher = "none"
@@ -170,15 +177,16 @@ def refuse(args):
     taught = any(term.teacher for term in terms.values())
     through_head = " and ".join(name for name, term in terms.items() if term.through_head)
     views, viewer = max((term.views, name) for name, term in terms.items())
-    least = {name: 2 if name == "rkd" and not args.angle_weight else term.least
-             for name, term in terms.items()}
-    comparing, given = max(least, key=least.get), args.teacher_checkpoint
+    least, comparing = max((term.least, name) for name, term in terms.items())
+    given = args.teacher_checkpoint
     side = max(1, args.image_size // args.patch_size)
-    N = side * side
-    most = round((args.mask_ratio + args.mask_spread) * N)  # hidden patches
+    units = max(1, side // args.mask_unit) ** 2  # what a mask hides or leaves
+    most = round((args.mask_ratio + args.mask_spread) * units)
+    visible = (units - most) * args.mask_unit ** 2  # patches
     uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
     needed = 3 if args.angle_weight else 2  # patches related with each other
-    pieces = args.grad_accum * int(os.environ.get("WORLD_SIZE") or 1)
+    world = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
+    pieces = args.grad_accum * world
     frozen = "dbot" if "dbot" in terms else "--teacher-checkpoint" if given else (
         f"--stages {args.stages}" if args.stages > 1 else "")
     rules = [
@@ -195,19 +203,23 @@ def refuse(args):
         (not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread,
          f"--mask-spread {args.mask_spread} around --mask-ratio {args.mask_ratio} leaves 0 .. 1: "
          "lower it"),
-        (args.mask_ratio and not most,
-         f"--mask-ratio {args.mask_ratio} hides none of {N} patches: raise it, or set it to 0"),
-        (most == N, f"--mask-ratio {args.mask_ratio} hides all {N} patches: lower it"),
-        (args.patch_weight and args.hide == "drop" and N - most < needed,
+        (args.mask_ratio and not (most and args.mask_probability),
+         f"--mask-ratio {args.mask_ratio} with --mask-probability {args.mask_probability} hides "
+         f"none of {units} patches or squares: raise them, or set --mask-ratio 0"),
+        (most == units,
+         f"--mask-ratio {args.mask_ratio} hides all {units} patches or squares: lower it"),
+        (args.patch_weight and args.hide == "drop" and visible < needed,
          f"--patch-weight {args.patch_weight} needs {needed} patches and the student has "
-         f"{N - most}: lower --mask-ratio, or --hide token"),
+         f"{visible}: lower --mask-ratio, or --hide token"),
         (args.global_crops < views, f"--global-crops {args.global_crops}: {viewer} compares "
          f"{views} views of an image: set it to {views}"),
         (not 0 < args.crop_scale[0] <= args.crop_scale[1],
          f"--crop-scale {args.crop_scale}: from above 0 to at least that"),
-        (args.batch_size % pieces or args.batch_size // args.grad_accum < least[comparing],
+        (args.batch_size % pieces or args.batch_size // args.grad_accum < least,
          f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes x "
-         f"--grad-accum) and leave {least[comparing]} images per piece for {comparing}"),
+         f"--grad-accum) and leave {least} images per piece for {comparing}"),
+        ("ibot" in terms and args.pool == "cls+mean",
+         "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),
@@ -309,19 +321,22 @@ def setting(system, train_set):
 
 
 def save(args, system, optimizer, train_set, **progress):
-    """Replace checkpoint.pt atomically; the one before stays as previous.pt. A full disk warns."""
+    """Replace checkpoint.pt atomically; the one before stays as previous.pt -> is it on disk?"""
     state = dict(system.save(), optimizer=optimizer.state_dict(), args=vars(args),
                  setting=setting(system, train_set), **progress)
     path = os.path.join(args.out_dir, "checkpoint.pt")
     try:
         write_file(path, lambda file: torch.save(state, file),
                    keep=os.path.join(args.out_dir, "previous.pt"))
-    except (OSError, RuntimeError) as error:  # RuntimeError: from torch, when the disk is full
-        warn(f"could not save {path} ({error}): training goes on, and will try again")
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk's OSError
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        warn(f"step {progress['step']} is not saved: could not write {path} ({reason})")
+        return False
+    return True
 
 
 # options that may change on resume
-FREE = ("recipe data_path workers max_steps device compile out_dir resume "
+FREE = ("recipe data_path data_fingerprint workers max_steps device compile out_dir resume "
         "save_every log_every eval_every timeout").split()
 
 
@@ -353,6 +368,8 @@ def resume(args, system, optimizer, train_set):
     """Restore the newest intact checkpoint of this run -> (step, skipped steps, unlogged row)."""
     own = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
     own, given = [path for path in own if os.path.exists(path)], args.resume not in ("auto", "none")
+    if os.path.isdir(args.resume):
+        args.resume = os.path.join(args.resume, "checkpoint.pt")
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
                     for launcher in ("TORCHELASTIC", "SLURM"))
     if args.resume == "none" and not restarted:
@@ -362,6 +379,7 @@ def resume(args, system, optimizer, train_set):
         os.path.samefile(args.resume, path) for path in own))
     problems = []
     for path in [args.resume] if free else own:
+        other = []
         try:
             state = read_file(path)
             steps = state.get("step")
@@ -370,10 +388,14 @@ def resume(args, system, optimizer, train_set):
             other = differences(state["args"], vars(args), "--", FREE)
             if given and not free:  # a run that began from another path is another run
                 other += differences(state["args"], dict(resume=args.resume), "--")
+            if state["args"].get("data_fingerprint", args.data_fingerprint) != args.data_fingerprint:
+                other.append(f"other images than {args.data_path} has now")
             if free or not other:
                 load_state(state, system, optimizer)
         except (ValueError, RuntimeError, AttributeError) as error:  # the one before may be intact
-            problems.append(f"--resume {path}: no checkpoint of such a run ({str(error)[:400]})")
+            had = f"it had {', '.join(other[:6])}; " if other else ""
+            problems.append(f"--resume {path}: no checkpoint of such a run ({had}"
+                            f"{str(error)[:400]})")
             continue
         if other and not free:
             raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
@@ -396,9 +418,16 @@ def resume(args, system, optimizer, train_set):
 
 
 def open_folder(args, step):
-    """Create --out-dir and check that it is writable; --resume none renames what is there."""
+    """Create --out-dir, take it, check that it is writable; --resume none renames what is there."""
     try:
         os.makedirs(args.out_dir, exist_ok=True)
+        if fcntl:  # the lock is gone when this process is; its number stays open until then
+            file = os.open(os.path.join(args.out_dir, "lock"), os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"--out-dir {args.out_dir} is of a run that goes on: wait for "
+                                 "its end, or choose another") from None
         if args.resume == "none" and not step:
             for name in ("checkpoint.pt", "previous.pt", "log.jsonl"):  # nothing saved is lost
                 path = os.path.join(args.out_dir, name)
@@ -479,8 +508,9 @@ class Log:
 
 def evaluate(args, system, sets, pool, device, alive):
     """k-NN accuracy of frozen features, plain and centred, in percent, and their rank."""
+    labelled = [(data.labels >= 0).nonzero().flatten() for data in sets]
     # of large sets 50,000 images, evenly spaced
-    some = [torch.linspace(0, len(data) - 1, min(len(data), 50000)).long() for data in sets]
+    some = [x[torch.linspace(0, len(x) - 1, min(len(x), 50000)).long()] for x in labelled]
     train, test = [extract_features(system.eval_network.backbone, data, args.image_size, pool,
                                     device, indices, args.workers, alive)
                    for data, indices in zip(sets, some)]
@@ -597,11 +627,25 @@ def complain(args, images, step, stop, lr, in_a_row):
 
 
 def listen():
-    """A list that receives the number of every SIGTERM, SIGINT and SIGUSR1."""
-    asked = []
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # not all on Windows
-            signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
+    """A list that receives the number of every SIGTERM, SIGINT, SIGHUP and SIGUSR1.
+
+    A second one, more than a second after the first, ends the process at once.
+    """
+    asked, first = [], math.inf
+
+    def receive(number, _):
+        nonlocal first
+        now = time.monotonic()
+        if now > first + 1:  # before: torchrun and the terminal may both send the same one
+            os._exit(128 + number)
+        first = min(first, now)
+        asked.append(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread can listen
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # not all on Windows
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, receive)  # nohup ignores SIGHUP
     return asked
 
 
@@ -662,7 +706,9 @@ def main():
                                       fused=device.type != "mps")
 
         # -- resume
-        args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{args.data}"
+        args.data_fingerprint = fingerprint(train_set)
+        images = args.data if args.data != "folder" else analyze.name_of(args.data_path)
+        args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{images}"
         start, skipped, row = resume(args, system, optimizer, train_set)
         for other, seen in enumerate(all_gather((start, len(train_set)))):
             if seen != (start, len(train_set)):
@@ -675,7 +721,7 @@ def main():
                       "k-NN")
     try:
         return train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row)
-    except UnreadableImages as error:
+    except DataError as error:
         parser.error(error)
 
 
@@ -699,7 +745,7 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
     batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
-    done, in_a_row, left_by = start, 0, 0
+    done, in_a_row, left_by, saved = start, 0, 0, True
     for step in range(start, stop):
         alive(evaluating=False)
         stage, place = divmod(step, stage_length)
@@ -709,7 +755,14 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
         for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)
         centers = dict(system.state)
-        loss, logs, points = backward(args, system, network, batches, step, place / stage_length)
+        try:
+            loss, logs, points = backward(args, system, network, batches, step,
+                                          place / stage_length)
+        except DataError:  # the images cannot be read any more: keep the state before this step
+            system.state = centers
+            if rank == 0:
+                save(args, system, optimizer, train_set, step=step, skipped_steps=skipped)
+            raise
         norm = clip(system, args.clip_grad, args.clip_each)
         finite = math.isfinite(norm)
         if finite:
@@ -738,8 +791,8 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
                        **batches.speed(args))
             # saved before it is evaluated, which can take long; not while steps are being skipped
             if rank == 0 and (saving and finite or left_by or done == stop):
-                save(args, system, optimizer, train_set, step=done, skipped_steps=skipped,
-                     row=row | dict(evaluating=evaluating))
+                saved = save(args, system, optimizer, train_set, step=done, skipped_steps=skipped,
+                             row=row | dict(evaluating=evaluating))
             if not (left_by and evaluating):  # else the resumed run evaluates
                 row |= measure() if evaluating else {}
                 if log:
@@ -749,25 +802,30 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
             break
     bar.close()
     if rank == 0:
-        finish(args, system, optimizer, train_set, test_set, done, total, skipped, left_by)
+        if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # the folder is gone,
+            saved = save(args, system, optimizer, train_set, step=done,  # or --resume of a
+                         skipped_steps=skipped)  # finished run's path
+        draw(args, train_set, test_set, left_by)
+        print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see "
+              f"{args.out_dir}" if saved else f"step {done} of {total} is NOT saved: make room in "
+              f"{args.out_dir}, and the same command continues from its last saved step",
+              file=sys.stdout if saved else sys.stderr)
     watch(None)
     if world > 1:
         dist.destroy_process_group()
-    return 128 + left_by if left_by else 0  # a scheduler restarts it; the same command continues
+    # 128 + signal: a scheduler restarts it; the same command continues
+    return 1 if not saved else 128 + left_by if left_by else 0
 
 
-def finish(args, system, optimizer, train_set, test_set, done, total, skipped, left_by):
-    """The pictures of a run, and where everything is."""
-    if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # --resume of a finished
-        save(args, system, optimizer, train_set, step=done, skipped_steps=skipped)  # run's path
+def draw(args, train_set, test_set, left_by):
+    """The pictures of a run. Whatever goes wrong here is a warning: the run itself is saved."""
     try:
         analyze.curves(args.out_dir)
         if not left_by:  # seconds count then
             analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
                           (train_set, test_set))
-    except (OSError, ValueError) as error:  # a full disk; or no checkpoint, because it was full
-        warn(f"could not draw into {args.out_dir} ({error})")
-    print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see {args.out_dir}")
+    except Exception as error:
+        warn(f"could not draw into {args.out_dir} ({type(error).__name__}: {error})")
 
 
 if __name__ == "__main__":

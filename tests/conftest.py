@@ -35,7 +35,7 @@ def parse(*options):
 
 def call(*options):
     """train.main() as from the command line."""
-    names = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    names = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
     handlers = {name: signal.getsignal(name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, options)])

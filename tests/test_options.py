@@ -88,13 +88,16 @@ WRONG = {
         ("--loss ibot+beit", "ibot and beit|choose one with --mask-ratio"),
         ("--image-size 30", "30x30|take 32x32"),
         ("--batch-size 2", "--batch-size 2|3 images"),
-        ("--batch-size 2 --loss rkd+ressl --angle-weight 0", "--batch-size 2|3 images|ressl"),
+        ("--batch-size 2 --loss cka", "--batch-size 2|3 images|cka"),
+        ("--loss ibot --pool cls+mean", "cls+mean|ibot|take cls or mean"),
         ("--batch-size 41", "--batch-size 41|40"),
         ("--batch-size 15 --grad-accum 2", "--batch-size 15|multiple of 2"),
         ("--epochs 0.01", "0.01|raise --epochs"),
         ("--crop-scale 0.9 0.3", "--crop-scale|0.9"),
         ("--mask-unit 3", "--mask-unit 3|take 1"),
         ("--mask-ratio 1", "--mask-ratio 1|lower it"),
+        ("--mask-unit 2 --mask-ratio 0.9", "--mask-ratio 0.9|lower it"),
+        ("--loss beit --mask-probability 0", "--mask-probability 0|raise"),
         ("--patch-weight 1 --mask-ratio 0.9", "--patch-weight 1|lower --mask-ratio"),
         ("--loss mae --mask-ratio 0", "--mask-ratio 0|mae|above 0"),
         ("--loss beit --hide drop", "--hide drop|beit|--hide token"),
@@ -114,15 +117,17 @@ WRONG = {
         ("--data-path {unknown}", "zebra|{unknown}/val|train/ lacks"),
         ("--data-path {broken}", "{broken}|repair or remove"),
         ("--data cifar10 --data-path {text}", "cifar10|{text}|--data-path"),
+        ("--data textures", "textures|--data-path {data}|leave"),
         ("--out-dir {text}/run", "--out-dir|{text}/run"),
         ("--out-dir {damaged}", "{damaged}|--resume none"),
         ("--resume {new}.pt", "--resume {new}.pt|--resume none"),
-        ("--resume {run}/checkpoint.pt --arch vit_mini", "--resume {run}|--resume none")],
+        ("--resume {run} --arch vit_mini", "--resume {run}|--arch vit_micro (now vit_mini)")],
     "eval_knn": [
         ("--checkpoint {new}.pt", "{new}.pt|no such file"),
         ("--checkpoint {code}", "{code}|code|written by train.py"),
         ("--checkpoint {foreign}", "{foreign}|add --arch"),
-        ("--checkpoint {tiny}", "{tiny}|add --data"),
+        ("--checkpoint {foreign} --arch vit_tiny --pool last5", "--pool|last5"),
+        ("--pool last4", "--pool last4|take cls or mean"),
         ("--checkpoint {other}", "{other}|does not fit"),
         ("--arch vit_mini", "--arch vit_mini|leave --arch out"),
         ("--cache {text}", "--cache|{text}")],
@@ -175,6 +180,21 @@ def test_a_process_of_its_own_is_refused_alike(script, options, says, things, tm
                           capture_output=True, timeout=120)
     assert_refused(done.returncode, done.stderr, says.format_map(names))
     assert traces(tmp_path) == {}
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_refused(
+        things, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    names = things | {"new": str(tmp_path)}
+    status = run_script("train", shlex.split(BASE["train"].format_map(names)))
+    assert_refused(status, capsys.readouterr().err, "2 tasks|RANK=$SLURM_PROCID")
+
+
+def test_an_older_python_is_told_so():
+    code = ("import sys, torchvision.utils, torch._dynamo; sys.version_info = (3, 10, 0); "
+            "import train")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and "3.11" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
     pytest tests/test_trust.py              # pytest -m slow tests/test_trust.py: a hundred kills
 """
+import io
 import itertools
 import json
 import math
@@ -9,9 +10,11 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,6 +179,7 @@ def test_a_run_from_a_given_state_later_resumes_its_own(base, tmp_path):
 
 @pytest.mark.parametrize("place, step, number", [
     ("step", 5, signal.SIGINT), ("step", 3, signal.SIGUSR1), ("step", 6, signal.SIGTERM),
+    ("step", 2, signal.SIGHUP),
     ("evaluation", 0, signal.SIGTERM), ("evaluation", 3, signal.SIGINT)])
 def test_a_signal_saves_and_ends_a_run_that_is_then_resumed_bitwise(
         place, step, number, base, whole, tmp_path):
@@ -202,12 +206,130 @@ def test_a_full_disk_is_a_warning_keeps_the_old_states_and_later_has_room_again(
     before = bytes_in(tmp_path)
     each_step(monkeypatch, lambda count, loss: limit(0 if count < 5 else soft) or loss)
     try:
-        assert run(tmp_path, base) == 0
-        assert "warning: could not save" in capsys.readouterr().err
+        assert run(tmp_path, base) == 1
+        assert "step 6 is not saved" in capsys.readouterr().err
         assert bytes_in(tmp_path) | {"args.json": before["args.json"]} == before
         assert run(tmp_path, base) == 0  # full in the first of these three steps
     finally:
         limit(soft)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_folder_that_vanishes_in_the_last_evaluation_is_no_success(
+        base, tmp_path, monkeypatch, capsys):
+    def top1(*_, **__):
+        if (tmp_path / "out" / "previous.pt").exists():
+            shutil.rmtree(tmp_path / "out")
+        return 0.0
+    monkeypatch.setattr(train, "knn_top1", top1)
+    assert run(tmp_path / "out", base, "--eval-every", 6) == 1
+    assert "step 6 of 6 is NOT saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["masks", "curves"])
+def test_pictures_cannot_make_a_finished_run_fail(name, base, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    def broken(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.analyze, "masks", lambda *_: None)
+        patch.setattr(train.analyze, "curves", lambda *_: None)
+        patch.setattr(train.analyze, name, broken)
+        assert conftest.call(*base, "--out-dir", tmp_path / "run") == 0
+    assert "matplotlib" in capsys.readouterr().err
+
+
+def test_a_path_that_the_terminal_cannot_show_ends_well(base, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "→é")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert run(out, base) == 0
+    shown.flush()
+    assert b"resumed" in shown.buffer.getvalue() and b"finished" in shown.buffer.getvalue()
+
+
+def test_images_that_cannot_be_read_any_more_end_a_run_after_it_was_saved(
+        base, whole, tmp_path, monkeypatch, capsys):
+    batches = train.train_batches
+    def lost(*args, **options):
+        yield from itertools.islice(batches(*args, **options), 3)
+        raise train.DataError("the disk is gone")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_batches", lost)
+        assert run(tmp_path, base, "--save-every", 99, "--eval-every", 99) == 2
+    assert "the disk is gone" in capsys.readouterr().err.splitlines()[-1]
+    assert state_of(tmp_path)["step"] == 2
+    assert run(tmp_path, base) == 0
+    assert_close(tensors(tmp_path), tensors(whole), rtol=0, atol=0)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time_and_is_free_when_that_is_killed(
+        base, whole, tmp_path, capsys):
+    process = FORKS.Process(target=in_fork, args=(tmp_path, [*base, "--epochs", 999]))
+    process.start()
+    while not (tmp_path / "previous.pt").exists():
+        time.sleep(0.05)
+    assert run(tmp_path, [*base, "--epochs", 999]) == 2
+    assert f"--out-dir {tmp_path}" in capsys.readouterr().err
+    process.kill()
+    process.join()
+    assert run(tmp_path, base, "--resume", "none") == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_belongs_to_its_images_wherever_they_lie(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places, base = [tmp_path / name / "images" for name in "abc"], base[4:]
+    conftest.write_textures(places[0], 40, 20)
+    shutil.copytree(places[0], places[1])
+    shutil.copytree(places[0], places[2])
+    moved = next((places[2] / "train" / "class0").iterdir())
+    moved.rename(places[2] / "train" / "class1" / moved.name)  # relabelled
+    def train_on(place, *more):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("masks", "curves"):
+                patch.setattr(train.analyze, name, lambda *_: None)
+            try:
+                return conftest.call(*base, "--data-path", place, *more)
+            except SystemExit as end:
+                return end.code
+    assert train_on(places[0], "--max-steps", 2) == 0
+    assert train_on(places[1], "--max-steps", 4) == 0
+    assert "resumed runs/rkd-images/checkpoint.pt at step 2" in capsys.readouterr().out
+    assert train_on(places[2]) == 2
+    assert "other images" in capsys.readouterr().err
+    assert state_of(tmp_path / "runs" / "rkd-images")["step"] == 4
+
+
+def slow_steps(out, options):
+    real = objectives.System.forward
+    def forward(system, *views):
+        time.sleep(60)
+        return real(system, *views)
+    objectives.System.forward = forward
+    in_fork(out, options)
+
+
+def test_a_second_signal_ends_a_process_that_is_stuck(base, tmp_path):
+    process = FORKS.Process(target=slow_steps, args=(tmp_path, [*base, "--eval-every", 99]))
+    process.start()
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.05)
+    for _ in range(2):
+        time.sleep(1.5)
+        os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_a_run_in_another_thread_and_with_leftover_variables(base, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, base), "--out-dir", str(tmp_path)])
+    for name in ("masks", "curves"):
+        monkeypatch.setattr(train.analyze, name, lambda *_: None)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main).result() == 0
     assert_same_run(tmp_path, whole)
 
 
