@@ -438,3 +438,34 @@ def test_a_saved_system_comes_back_bit_for_bit(loss, tmp_path):
     assert ("teacher" in system.save()) == (loss == "ibot")
     with pytest.raises(ValueError, match="dino"):
         other.load(system.save() | dict(objective=dict(dino2=torch.zeros(24))))
+
+
+OPTIONS = [f"--pool {pool}" for pool in ("cls", "cls+mean")] + [
+    f"--mask {mask}" for mask in [*train.MASKS, "attention"]] + [
+    "--local-crops 2", "--global-crops 1", "--stages 2 --teacher frozen", "--mask-ratio 0",
+    "--hide token", "--pool cls --patch-weight 1", "--image-size 4", "--batch-size 2"]
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_every_combination_learns_or_is_refused(loss):
+    sums = [f"--loss {loss}+{other}" for other in list(OBJECTIVES)[list(OBJECTIVES).index(loss):]]
+    learned = 0
+    for words in [f"--loss {loss} {options}" for options in OPTIONS] + sums[1:]:
+        try:
+            args = train.parse([*SMALL, "--batch-size", "4", *words.split()])
+        except SystemExit as refused:
+            assert refused.code == 2, words
+            continue
+        system, B, S = System(args), args.batch_size, args.image_size
+        for step in range(2):
+            if step and args.stages > 1:
+                system.next_stage(1)
+            views = [cloud(B, 3, S, S, seed=i) for i in range(args.global_crops)]
+            views += [cloud(B, 3, 8, 8, seed=9 + i) for i in range(args.local_crops)]
+            value, _, _ = system(views, views, train.draw_masks(args, system, step, 0, views), 0.5)
+            value.backward()
+            gradients = [p.grad.norm() for p in system.student.backbone.parameters()
+                         if p.grad is not None]
+            assert value.isfinite() and 1e-6 < torch.stack(gradients).norm() < 1e6, words
+            learned += 1
+    assert learned > 10
