@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.testing import assert_close
 
 import eval_knn
@@ -134,17 +133,3 @@ def test_features_from_the_cache_are_the_features(folder, checkpoint, tmp_path, 
         if len(found) == 2:
             monkeypatch.delattr(eval_knn, "extract_features")  # the network rests
     assert found[:2] == found[2:] and len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("words, named", [
-    ("--arch vit_tiny", "vit_tiny"), ("--arch vit_huge", "vit_huge"), ("--image-size 30", "30"),
-    ("--data-path /no/such/place", "/no/such/place"), ("--cache {}/text", "{}/text"),
-    ("--data-path {}", "{}"), ("--checkpoint {}/none", "{}/none"),
-    ("--checkpoint {}/text", "{}/text"), ("--k 0", "0"), ("--temperature nan", "nan")])
-def test_a_wrong_option_is_named_on_one_line(folder, checkpoint, tmp_path, capsys, words, named):
-    (tmp_path / "text").write_text("words")
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")  # a folder without classes
-    with pytest.raises(SystemExit) as stop:
-        evaluate(eval_knn, checkpoint, folder, *words.format(tmp_path).split())
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and named.format(tmp_path) in line

@@ -157,17 +157,6 @@ def test_starting_over_keeps_the_old_files_and_a_restart_by_torchrun_still_resum
     assert all(kept[f"{name}.old"] == old[name] for name in ("checkpoint.pt", "log.jsonl"))
 
 
-@pytest.mark.parametrize("options, words", [
-    ("--lr 0.002", "--lr 0.001 (now 0.002)"), ("--resume {a}/checkpoint.pt", "another --out-dir")])
-def test_a_folder_of_another_run_is_left_as_it_was(options, words, base, tmp_path, capsys):
-    for name, lr in (("a", 0.003), ("b", 0.001)):
-        assert run(tmp_path / name, base, "--lr", lr, "--max-steps", 2) == 0
-    before = bytes_in(tmp_path / "b")
-    assert run(tmp_path / "b", base, *options.format(a=tmp_path / "a").split()) == 2
-    assert words in capsys.readouterr().err
-    assert bytes_in(tmp_path / "b") == before
-
-
 def test_a_run_from_a_given_state_later_resumes_its_own(base, tmp_path):
     assert run(tmp_path / "old", base, "--max-steps", 2) == 0
     options = [*base, "--resume", tmp_path / "old" / "checkpoint.pt", "--lr", 0.001]
@@ -341,16 +330,6 @@ def test_a_broken_newest_state_gives_way_to_the_one_before(size, base, whole, tm
     said = capsys.readouterr()
     assert "warning" in said.err and f"resumed {tmp_path}/previous.pt at step 3" in said.out
     assert_same_run(tmp_path, whole)
-
-
-def test_without_a_whole_state_a_run_ends_and_deletes_nothing(base, tmp_path, capsys):
-    assert run(tmp_path, base, "--max-steps", 2) == 0
-    for name in ("checkpoint.pt", "previous.pt"):
-        (tmp_path / name).write_bytes(b"broken")
-    before = bytes_in(tmp_path)
-    assert run(tmp_path, base) == 2
-    assert "--resume none" in capsys.readouterr().err
-    assert bytes_in(tmp_path) == before
 
 
 BAD = dict(nan=lambda loss: loss * math.nan, inf=lambda loss: loss + math.inf,

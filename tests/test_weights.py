@@ -218,19 +218,6 @@ def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, monkeypatch, capsy
     assert_close(scope["vit"].eval().forward_features(images), vit(images), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arch, out, message", [
-    ("vit_tiny", "weights.pt", "is the --checkpoint itself"),
-    ("vit_tiny", "no/out.pt", "--export .*out.pt cannot be written"),
-    ("vit_micro", "out.pt", "conv stem .*export vit_tiny")])
-def test_an_impossible_export_is_one_line(arch, out, message, tmp_path, monkeypatch, capsys):
-    weights = network(arch).state_dict()
-    path = written(tmp_path, {"args": TINY | {"arch": arch}, "student": weights})
-    with pytest.raises(SystemExit, match="2"):
-        export(monkeypatch, "--checkpoint", path, "--export", tmp_path / out)
-    [line] = capsys.readouterr().err.splitlines()
-    assert re.search(message, line) and [*tmp_path.iterdir()] == [path]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Options of a run on a few images, and its state after one step."""
