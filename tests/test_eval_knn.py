@@ -4,7 +4,6 @@
 """
 import io
 import json
-import sys
 from contextlib import redirect_stdout
 
 import pytest
@@ -13,36 +12,18 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import eval_knn
-from conftest import call, drawn, write_textures
+from conftest import call, cloud, drawn
 from data import Images, load_data, normalize
 from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1, whitening
 from model import ARCHS
 from weights import open_backbone
 
 
-def cloud(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_textures(tmp_path_factory.mktemp("images"), 40, 20)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    assert call("--data", "folder", "--data-path", folder, "--max-steps", 3, "--workers", 0,
-                "--batch-size", 16, "--device", "cpu", "--out-dir", out) == 0
-    return out / "checkpoint.pt"
-
-
 def evaluate(script, checkpoint, folder, *options):
     """main() of a script as from the command line -> the lines of its table, its JSON object."""
     words = ["--checkpoint", checkpoint, "--data-path", folder, "--workers", 0, "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, [*words, *options])])
-        script.main()
+    with redirect_stdout(io.StringIO()) as said:
+        call(*words, *options, main=script.main)
     *table, result = said.getvalue().splitlines()
     return table, json.loads(result)
 

@@ -9,10 +9,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 import eval_linear
-from conftest import write_textures
+from conftest import cloud, write_textures
 from eval_knn import held_out
 from eval_linear import Heads
-from test_eval_knn import checkpoint, cloud, evaluate, folder  # noqa: F401 (fixtures)
+from test_eval_knn import evaluate
 
 
 def start(lrs, width=6, classes=3):

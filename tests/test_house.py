@@ -4,11 +4,11 @@
 """
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+
 FILES = sorted(ROOT.glob("*.py"))
 MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "losses": "", "masking": "", "model": "", "randomness": "",

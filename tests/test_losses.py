@@ -10,14 +10,11 @@ import torch
 from torch.nn.functional import normalize as unit
 from torch.testing import assert_close
 
+from conftest import cloud
 from losses import (byol_loss, cka_loss, dino_loss, effective_rank, feature_loss, info_nce_loss,
                     masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
                     pairwise_distance, panel, pixel_loss, pull_loss, ressl_loss, rkd_angle_loss,
                     rkd_distance_loss)
-
-
-def cloud(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rows(*values):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, gelu, interpolate, layer_norm, unfold
 from torch.testing import assert_close
 
+from conftest import cloud
 from model import (ARCHS, Block, Decoder, PatchEmbed, PrototypeHead, VisionTransformer, ema_update,
                    mlp_head, patchify, pool_tokens, sincos_positions)
 
@@ -28,10 +29,6 @@ def small(seed=0, image_size=16, **options):
     return randomized(VisionTransformer(image_size, 4, D, 2, 4, **options), seed)
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def hide(*rows):
     """Lists of hidden patches -> bool (B, N)."""
     return torch.stack([torch.isin(torch.arange(N), torch.tensor(row)) for row in rows])
@@ -42,14 +39,14 @@ def pixels(mask):
     return mask.view(-1, 1, 4, 1, 4, 1).expand(-1, 3, 4, 4, 4, 4).reshape(-1, 3, 16, 16)
 
 
-IMAGES = noise(2, 3, 16, 16, seed=9)
+IMAGES = cloud(2, 3, 16, 16, seed=9)
 MASK = hide([0, 3, 4, 9, 10, 15], [1, 2, 3, 8, 13, 14])
 
 
 # ---------- the equations ----------
 
 def test_attention_is_softmax_of_q_k_over_root_d_times_v():
-    attention, x = small().blocks[0].attn, noise(2, 5, D)
+    attention, x = small().blocks[0].attn, cloud(2, 5, D)
     q, k, v = (x @ attention.qkv.weight.mT + attention.qkv.bias).split(D, dim=-1)
     heads = [slice(8 * h, 8 * h + 8) for h in range(4)]
     maps = [(q[..., h] @ k[..., h].mT / 8**0.5).softmax(-1) for h in heads]
@@ -59,7 +56,7 @@ def test_attention_is_softmax_of_q_k_over_root_d_times_v():
 
 
 def test_block_is_the_pre_norm_encoder_layer_of_torch():
-    block, x = small().blocks[0], noise(2, 5, D)
+    block, x = small().blocks[0], cloud(2, 5, D)
     oracle = nn.TransformerEncoderLayer(D, 4, 4 * D, 0, gelu, 1e-6, True, norm_first=True)
     for theirs, ours in [(oracle.norm1, block.norm1), (oracle.self_attn.out_proj, block.attn.proj),
                          (oracle.norm2, block.norm2), (oracle.linear1, block.mlp.fc1),
@@ -70,7 +67,7 @@ def test_block_is_the_pre_norm_encoder_layer_of_torch():
 
 
 def test_patches_are_cut_row_by_row():
-    images = noise(2, 3, 8, 12)  # 2 rows of 3 patches
+    images = cloud(2, 3, 8, 12)  # 2 rows of 3 patches
     assert patchify(images, 4).equal(unfold(images, 4, stride=4).mT.reshape(2, 6, 3, 4, 4))
 
 
@@ -154,7 +151,7 @@ def test_positions_are_interpolated_over_the_grid_and_cls_keeps_its_own():
 @stems
 def test_other_image_sizes_give_one_token_per_patch_and_train_all_positions(conv_stem):
     vit = small(conv_stem=conv_stem)
-    out = vit(noise(2, 3, 24, 8))
+    out = vit(cloud(2, 3, 24, 8))
     assert out.shape == (2, 1 + 12, D)
     out.pow(3).sum().backward()
     assert (vit.pos_embed.grad.abs().sum(-1) > 0).all()
@@ -173,13 +170,13 @@ def test_fixed_positions_are_sine_and_cosine_of_column_and_row_zero_for_cls_and_
 
 @pytest.mark.parametrize("build, message", [
     (lambda: VisionTransformer((30, 4), 4, D, 1, 4), "30x4 .* patch size 4.* 32x4"),
-    (lambda: small()(noise(1, 3, 16, 18)), "16x18 .* patch size 4.* 16x16"),
+    (lambda: small()(cloud(1, 3, 16, 18)), "16x18 .* patch size 4.* 16x16"),
     (lambda: VisionTransformer(16, 4, embed_dim=30, num_heads=4), "embed_dim 30 .* num_heads 4"),
     (lambda: sincos_positions((2, 3), 30), "width 30 must be a multiple of 4"),
     (lambda: PatchEmbed(2, D, conv_stem=True), "patch size 2: .* 4, 8, 16"),
     (lambda: PatchEmbed(12, D, conv_stem=True), "patch size 12: .* 4, 8, 16"),
     (lambda: Decoder((4, 4), D, 6, width=100), "decoder width 100 must be a multiple of 32"),
-    (lambda: Decoder((4, 4), D, 6, 32, 1)(noise(2, 12, D), MASK), "11 visible .* leaves .*10"),
+    (lambda: Decoder((4, 4), D, 6, 32, 1)(cloud(2, 12, D), MASK), "11 visible .* leaves .*10"),
     (lambda: small()(IMAGES, hide([1, 2, 3], [1, 2]), drop=True), "13 to 14"),
     (lambda: small()(IMAGES, MASK.float()), r"mask .* torch.float32 must be bool \(2, 16\)"),
     (lambda: small()(IMAGES, MASK[:1]), r"mask \(1, 16\) .* must be bool \(2, 16\)")])
@@ -200,11 +197,11 @@ def test_mlp_head_has_the_layers_asked_for(options, layers):
     assert " ".join(type(layer).__name__ for layer in head) == layers
     linear = [layer for layer in head if isinstance(layer, nn.Linear)]
     assert all((x.bias is not None) == options.get("bias", True) for x in linear)
-    assert all(x.out_features == 7 for x in linear[:-1]) and head(noise(4, 5)).shape == (4, 3)
+    assert all(x.out_features == 7 for x in linear[:-1]) and head(cloud(4, 5)).shape == (4, 3)
 
 
 def test_prototype_logits_are_cosines_of_prototypes_and_an_mlp():
-    head, x = randomized(PrototypeHead(D, 24, 8, 5)), noise(2, 3, D)
+    head, x = randomized(PrototypeHead(D, 24, 8, 5)), cloud(2, 3, D)
     a, b, c = (layer for layer in head.mlp if isinstance(layer, nn.Linear))
     z = gelu(gelu(x @ a.weight.mT + a.bias) @ b.weight.mT + b.bias) @ c.weight.mT + c.bias
     assert_close(head(x), cosine_similarity(z.unsqueeze(-2), head.prototypes, dim=-1))
@@ -213,7 +210,7 @@ def test_prototype_logits_are_cosines_of_prototypes_and_an_mlp():
 
 
 def test_decoder_reads_visible_tokens_in_order_and_mask_tokens_at_hidden_places():
-    decoder, tokens = randomized(Decoder((4, 4), D, 6, width=64, depth=2)), noise(2, 1 + 10, D)
+    decoder, tokens = randomized(Decoder((4, 4), D, 6, width=64, depth=2)), cloud(2, 1 + 10, D)
     assert [block.attn.num_heads for block in decoder.blocks] == [2, 2]  # 32 wide, as in MAE
     assert "pos_embed" not in decoder.state_dict()
     for b in range(2):
@@ -268,7 +265,7 @@ def test_ema_goes_by_name_copies_buffers_and_ignores_a_predictor_of_the_student(
     teacher = nn.ModuleDict(dict(a=nn.Linear(3, 3), norm=nn.BatchNorm1d(3)))
     student = nn.ModuleDict(dict(predictor=nn.Linear(2, 2), norm=nn.BatchNorm1d(3)))
     student["a"] = nn.Linear(3, 3)
-    student["norm"](noise(8, 3) + 5)
+    student["norm"](cloud(8, 3) + 5)
     ema_update(teacher, student, 0.5)
     assert teacher["norm"].running_mean.equal(student["norm"].running_mean)
     ema_update(teacher, student, 0)
@@ -284,7 +281,7 @@ def test_drop_path_drops_whole_images_at_its_rate_and_rescales_the_others():
 
 
 def test_drop_path_drops_each_branch_of_a_block_on_its_own():
-    block, x = small(drop_path=0.5).blocks[1], noise(1, 5, D)
+    block, x = small(drop_path=0.5).blocks[1], cloud(1, 5, D)
     bases = [x, x + 2 * block.attn(block.norm1(x))]
     choices = [base + scale * block.mlp(block.norm2(base)) for base in bases for scale in (0, 2)]
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 import objectives
 import train
+from conftest import cloud
 from model import ARCHS, Decoder
 from objectives import OBJECTIVES, System, defaults, parse_loss
 
@@ -48,10 +49,6 @@ def brightness(images):
 
 
 objectives.TOKENIZERS["brightness"] = lambda args: brightness
-
-
-def cloud(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def args_of(loss, words=""):

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import write_textures
+from conftest import ROOT, call, write_textures
 from model import ARCHS
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPORT = "weights"  # the script with --export
 EVALUATE = "--checkpoint {run}/checkpoint.pt --data-path {data} --device cpu --workers 0 "
 BASE = {  # options in front of those of the table
@@ -28,18 +27,10 @@ BASE = {  # options in front of those of the table
 
 def run_script(script, words):
     """The status of `python SCRIPT.py WORDS`, run in this process."""
-    names = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-    handlers = {name: signal.getsignal(name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", *words])
-        try:
-            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code or 0
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-    return 0
+    try:
+        call(*words, main=lambda: runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__"))
+    except SystemExit as stop:
+        return stop.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
 import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -21,15 +20,12 @@ import torch
 from torch.testing import assert_close
 
 import analyze
-import conftest
 import eval_knn
 import eval_linear
+from conftest import FORKS, ROOT, assert_same_run, call, state_of, write_textures
 from objectives import OBJECTIVES
 
-ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
-FORKS = multiprocessing.get_context("forkserver")  # imports torch and the scripts once for all
-FORKS.set_forkserver_preload(["train", "eval_knn", "eval_linear"])
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = ROOT / "train.py"
 STEPS = 20
@@ -124,19 +120,9 @@ def wait_for_second_save(out, seconds=60):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = conftest.write_textures(tmp_path_factory.mktemp("images"), 40, 0)
+    folder = write_textures(tmp_path_factory.mktemp("images"), 40, 0)
     return ["--data", "folder", "--data-path", folder, "--batch-size", 16, "--device", "cpu",
             "--workers", 0, "--save-every", 1]
-
-
-def state_of(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def assert_same_run(a, b):
-    """Bitwise: step, weights of student and teacher, optimizer."""
-    for name in ("step", "student", "teacher", "optimizer"):
-        assert_close(state_of(a)[name], state_of(b)[name], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +203,12 @@ def test_a_problem_of_one_process_ends_all_and_its_text_is_said(rank, base, star
     (eval_knn, (41, 2), []),  # the third process has no test image
     (eval_linear, (29, 60), ["--augment", "--batch-size", 4, "--epochs", 3])])
 def test_three_processes_measure_what_one_does(
-        script, sizes, more, undisturbed, start, tmp_path, monkeypatch, capsys):
-    words = [script.__file__, "--checkpoint", undisturbed / "checkpoint.pt", "--device", "cpu",
-             "--data-path", conftest.write_textures(tmp_path / "set", *sizes), "--workers", 0]
-    words = [str(x) for x in [*words, *more]]
-    three = start.ranks(words, words, words)
+        script, sizes, more, undisturbed, start, tmp_path, capsys):
+    words = ["--checkpoint", undisturbed / "checkpoint.pt", "--device", "cpu", "--workers", 0,
+             "--data-path", write_textures(tmp_path / "set", *sizes), *more]
+    three = start.ranks(*[[script.__file__, *words]] * 3)
     assert [status(process, 60) for process in three] == [0, 0, 0], three[0].said()[-2000:]
-    monkeypatch.setattr(sys, "argv", words)
-    script.main()
+    call(*words, main=script.main)
     one, many = (json.loads(text.splitlines()[-1])
                  for text in (capsys.readouterr().out, three[0].said()))
     assert many.keys() == one.keys() and many == pytest.approx(one, abs=0.01)

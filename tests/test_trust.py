@@ -4,9 +4,7 @@
 """
 import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -19,23 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
 
-import conftest
 import objectives
 import train
+from conftest import FORKS, assert_same_run, call, rows_of, state_of, tensors
 
 torch.set_num_threads(1)
-FORKS = multiprocessing.get_context("forkserver")  # imports torch and the scripts once for all
-FORKS.set_forkserver_preload(["train", "eval_knn", "eval_linear"])
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(on_folder):
     """Options of six steps in three epochs, all saved; evaluated at steps 0, 3 and 6."""
-    folder = conftest.write_textures(tmp_path_factory.mktemp("images"), 40, 20)
-    return ["--data", "folder", "--data-path", folder, "--batch-size", 16, "--device", "cpu",
-            "--workers", 0, "--drop-path", 0.2, "--epochs", 3, "--log-every", 1, "--save-every", 1,
+    return [*on_folder, "--drop-path", 0.2, "--epochs", 3, "--log-every", 1, "--save-every", 1,
             "--eval-every", 3]
 
 
@@ -53,7 +46,7 @@ def run(out, options, *more):
         for name in ("masks", "curves"):
             patch.setattr(train.analyze, name, lambda *_: None)
         try:
-            return conftest.call(*options, *more, "--out-dir", out)
+            return call(*options, *more, "--out-dir", out)
         except SystemExit as end:
             return end.code
 
@@ -65,30 +58,6 @@ def each_step(monkeypatch, change):
         loss, logs, points = real(system, *views)
         return change(next(counts), loss), logs, points
     monkeypatch.setattr(objectives.System, "forward", forward)
-
-
-def state_of(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def rows_of(out):
-    """Rows of the log without wall-clock times; NaN and Infinity are no JSON, so an error."""
-    rows = [json.loads(line, parse_constant=pytest.fail)
-            for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = "images_per_second", "data_seconds"
-    return [{name: x for name, x in row.items() if name not in clock} for row in rows]
-
-
-def tensors(out):
-    """All tensors of a checkpoint in order: networks, centres, moments."""
-    return [x for x in tree_leaves(state_of(out)) if torch.is_tensor(x)]
-
-
-def assert_same_run(out, whole):
-    """Bitwise the same state, and the same log with each step once."""
-    assert state_of(out)["step"] == state_of(whole)["step"]
-    assert_close(tensors(out), tensors(whole), rtol=0, atol=0)
-    assert rows_of(out) == rows_of(whole)
 
 
 def in_fork(out, options):

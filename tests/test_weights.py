@@ -8,18 +8,15 @@ import os
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import call, write_textures
+from conftest import ROOT, call, cloud, state_of
 from model import ARCHS, VisionTransformer
 from weights import load_backbone, open_backbone
-from test_model import D, noise, randomized, small
-
-SCRIPT = Path(__file__).resolve().parent.parent / "weights.py"
+from test_model import D, randomized, small
 
 
 def prefixed(prefix, weights):
@@ -62,15 +59,15 @@ def layouts():
     """The layout's name -> a file whose backbone is small(1); small(2) must not be taken."""
     full, other = small(1).state_dict(), prefixed("backbone.", small(2).state_dict())
     timm, token = without(full, "mask_token"), full["mask_token"]
-    head = {"head.weight": noise(10, D), "head_dist.weight": noise(10, D)}
-    dino_head = {"head.mlp.0.weight": noise(8, D), "head.last_layer.weight_g": noise(8, 1)}
-    decoder = {"mask_token": noise(1, 1, 512), "decoder_pos_embed": noise(1, 17, 512),
-               "decoder_embed.weight": noise(512, D), "decoder_blocks.0.norm1.bias": noise(512)}
+    head = {"head.weight": cloud(10, D), "head_dist.weight": cloud(10, D)}
+    dino_head = {"head.mlp.0.weight": cloud(8, D), "head.last_layer.weight_g": cloud(8, 1)}
+    decoder = {"mask_token": cloud(1, 1, 512), "decoder_pos_embed": cloud(1, 17, 512),
+               "decoder_embed.weight": cloud(512, D), "decoder_blocks.0.norm1.bias": cloud(512)}
     options = argparse.Namespace(arch="vit_small", patch_size=4)  # in the official files
     dino = {"student": prefixed("module.", other), "args": options, "epoch": 100,
             "teacher": prefixed("backbone.", timm) | dino_head}
     moco = prefixed("module.momentum_encoder.", small(2).state_dict()) | prefixed(
-        "module.base_encoder.", timm | {"head.0.weight": noise(8, D)})
+        "module.base_encoder.", timm | {"head.0.weight": cloud(8, D)})
     return {
         "ours": {"student": other, "teacher": prefixed("backbone.", full) | dino_head, "step": 7},
         "ours without a teacher": {"frozen": other, "student": prefixed("backbone.", full)},
@@ -82,7 +79,7 @@ def layouts():
         "mae": {"model": timm | decoder, "optimizer": {"state": {}}, "args": options},
         "mae of hugging face": prefixed("vit.", hugging_face(timm)) | prefixed("decoder.", decoder),
         "moco v3": {"arch": "vit_small", "state_dict": moco},
-        "hugging face": prefixed("vit.", hugging_face(full)) | {"pooler.dense.bias": noise(D)}}
+        "hugging face": prefixed("vit.", hugging_face(full)) | {"pooler.dense.bias": cloud(D)}}
 
 
 @pytest.mark.parametrize("layout", layouts())
@@ -113,9 +110,9 @@ def test_safetensors_without_the_package_asks_for_it(tmp_path, monkeypatch):
     ("missing blocks.1.attn.qkv.bias", lambda w: without(
         hugging_face(w), "encoder.layer.1.attention.attention.key.bias")),
     ("; and 16 more", lambda w: {name: x for name, x in w.items() if "blocks." not in name}),
-    ("unexpected blocks.0.ls1.gamma", lambda w: w | {"blocks.0.ls1.gamma": noise(D)}),
-    ("norm.bias is (33,), not (32,)", lambda w: w | {"norm.bias": noise(33)}),
-    ("mask_token is (1, 1, 9), not (1, 1, 32)", lambda w: w | {"mask_token": noise(1, 1, 9)})])
+    ("unexpected blocks.0.ls1.gamma", lambda w: w | {"blocks.0.ls1.gamma": cloud(D)}),
+    ("norm.bias is (33,), not (32,)", lambda w: w | {"norm.bias": cloud(33)}),
+    ("mask_token is (1, 1, 9), not (1, 1, 32)", lambda w: w | {"mask_token": cloud(1, 1, 9)})])
 def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, change, tmp_path):
     vit, path = small(3), written(tmp_path, change(small(1).state_dict()))
     with pytest.raises(ValueError, match="weights.pt .*" + re.escape(message)):
@@ -125,8 +122,8 @@ def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, 
 
 BAD = {"empty": b"", "page": b"<!DOCTYPE html><html></html>\n", "zeros": bytes(9999),
        "git lfs": b"version https://git-lfs.github.com/spec/v1\n", "cut": b"PK\x03\x04" + bytes(99),
-       "resnet": {"conv1.weight": noise(3)}, "tensor": noise(3), "list": [noise(3)],
-       "numbers for names": {0: noise(3)}, "empty teacher": {"teacher": {}},
+       "resnet": {"conv1.weight": cloud(3)}, "tensor": cloud(3), "list": [cloud(3)],
+       "numbers for names": {0: cloud(3)}, "empty teacher": {"teacher": {}},
        "missing": "nowhere.pt", "folder": ""}  # these two are paths
 
 
@@ -201,15 +198,11 @@ def test_a_file_without_a_fitting_arch_or_sizes_is_refused(args, arch, lacking, 
         open_backbone(written(tmp_path, {"args": args, "model": weights}), arch)
 
 
-def export(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, words)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, monkeypatch, capsys):
-    vit, images = network(), noise(2, 3, 24, 24)
+def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, capsys):
+    vit, images = network(), cloud(2, 3, 24, 24)
     path, out = written(tmp_path, {"args": TINY, "student": vit.state_dict()}), tmp_path / "out.pt"
-    export(monkeypatch, "--checkpoint", path, "--export", out)
+    call("--checkpoint", path, "--export", out,
+         main=lambda: runpy.run_path(f"{ROOT}/weights.py", run_name="__main__"))
     assert [*torch.load(out, weights_only=True)] == [*without(vit.state_dict(), "mask_token")]
     recipe = capsys.readouterr().out.split("in timm:\n")[1]
     assert "num_heads=3)" in recipe
@@ -218,31 +211,21 @@ def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, monkeypatch, capsy
     assert_close(scope["vit"].eval().forward_features(images), vit(images), atol=1e-5, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Options of a run on a few images, and its state after one step."""
-    root, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("run")
-    options = ("--data", "folder", "--data-path", write_textures(root, 16, 8, classes=2),
-               "--batch-size", 16, "--device", "cpu", "--workers", 0)
-    assert call(*options, "--max-steps", 1, "--out-dir", out) == 0
-    return options, torch.load(out / "checkpoint.pt", weights_only=True)
-
-
 @pytest.mark.parametrize("message, spoil", [
     ("is no checkpoint", lambda s: b"PK\x03\x04" + bytes(99)),
     ("it holds code", lambda s: s | {"args": Code()}),
     ("is no checkpoint of train.py", lambda s: s["student"]),
     ("is no checkpoint of train.py", lambda s: s | {"step": -1}),
     ("norm.bias", lambda s: s | {"student": without(s["student"], "backbone.norm.bias")}),
-    ("exp_avg is (3,), not", lambda s: s | {"optimizer": {"state": {0: {"exp_avg": noise(3)}}}})])
-def test_resume_refuses_a_hostile_state_and_keeps_it(message, spoil, run, tmp_path, capsys):
-    options, state = run
+    ("exp_avg is (3,), not", lambda s: s | {"optimizer": {"state": {0: {"exp_avg": cloud(3)}}}})])
+def test_resume_refuses_a_hostile_state_and_keeps_it(
+        message, spoil, on_folder, checkpoint, tmp_path, capsys):
     for name in ("checkpoint.pt", "previous.pt"):
-        written(tmp_path, spoil(state), name)
+        written(tmp_path, spoil(state_of(checkpoint.parent)), name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for resume in ("auto", tmp_path / "checkpoint.pt"):
         with pytest.raises(SystemExit, match="2"):
-            call(*options, "--max-steps", 2, "--out-dir", tmp_path, "--resume", resume)
+            call(*on_folder, "--max-steps", 4, "--out-dir", tmp_path, "--resume", resume)
         [line] = capsys.readouterr().err.splitlines()
         assert "checkpoint.pt" in line and message in line and len(line) <= 1000
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
