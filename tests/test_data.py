@@ -1,7 +1,4 @@
-"""Data: crops and colours against torchvision, batches as functions of their keys, folders.
-
-    pytest tests/test_data.py
-"""
+"""Data: crops and colours against torchvision, batches as functions of their keys, folders."""
 import math
 from unittest.mock import Mock
 

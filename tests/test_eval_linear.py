@@ -1,7 +1,4 @@
-"""Linear probe: its steps are SGD's, learning rates do not mix, and the command line.
-
-    pytest tests/test_eval_linear.py
-"""
+"""Linear probe: its steps are SGD's, learning rates do not mix, and the command line."""
 import pytest
 import torch
 import torch.nn.functional as F

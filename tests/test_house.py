@@ -1,7 +1,4 @@
-"""The files: which imports which, what README says of them, and that none runs what it reads.
-
-    pytest tests/test_house.py
-"""
+"""The files: which imports which, what README says of them, and that none runs what it reads."""
 import ast
 import re
 

@@ -1,7 +1,4 @@
-"""The losses against numbers worked out by hand and against the papers' formulas in float64.
-
-    pytest tests/test_losses.py
-"""
+"""The losses against numbers worked out by hand and against the papers' formulas in float64."""
 from functools import partial
 from math import isnan, log
 
@@ -105,9 +102,9 @@ def huber(e):
     return torch.where(e.abs() < 1, e**2 / 2, e.abs() - 0.5)
 
 
-def distance_definition(student, teacher):  # eq. 5-7
+def distance_definition(student, teacher, power=1):  # eq. 5-7; a power of the teacher's
     i, j = (~torch.eye(len(student)).bool()).nonzero().T  # all ordered pairs
-    s, t = ((x[i] - x[j]).norm(dim=-1) for x in (student, teacher))
+    s, t = (student[i] - student[j]).norm(dim=-1), (teacher[i] - teacher[j]).norm(dim=-1)**power
     return huber(s / s.mean() - t / t.mean()).mean()
 
 
@@ -135,23 +132,32 @@ def similarities(x, others, temperature):
     return (torch.stack([x @ y / (x.norm() * y.norm()) for y in others]) / temperature).softmax(0)
 
 
-def ressl_definition(s, t):
-    def p(x, i, temperature):
-        return similarities(x[i], [*x[:i], *x[i + 1:]], temperature)
+def ressl_definition(s, t, student_temperature=0.1, teacher_temperature=0.04):
+    values = []
+    for i in range(len(s)):
+        p = similarities(s[i], [*s[:i], *s[i + 1:]], student_temperature)
+        q = similarities(t[i], [*t[:i], *t[i + 1:]], teacher_temperature)
+        values.append((q * (q / p).log()).sum())
+    return average(values)
 
-    return average([(p(t, i, 0.04) * (p(t, i, 0.04) / p(s, i, 0.1)).log()).sum()
-                    for i in range(len(s))])
+
+def info_nce_definition(query, key, temperature=0.2):
+    return average([-similarities(q, key, temperature)[i].log() for i, q in enumerate(query)])
 
 
-def nt_xent_definition(a, b):
+def nt_xent_definition(a, b, temperature=0.2):
     N, views = len(a), [*a, *b]
     others = [[views[i - N]] + [view for n, view in enumerate(views) if n % N != i % N]
               for i in range(2 * N)]  # the positive comes first
-    return average([-similarities(x, y, 0.2)[0].log() for x, y in zip(views, others)])
+    return average([-similarities(x, y, temperature)[0].log() for x, y in zip(views, others)])
 
 
 def byol_definition(p, z):
     return average([(a / a.norm() - b / b.norm()).square().sum() for a, b in zip(p, z)])
+
+
+def pull_definition(s, t):
+    return byol_definition(s - s.mean(0), t - t.mean(0))
 
 
 def cross_entropy(s, t, student_temperature=0.1, teacher_temperature=0.04):
@@ -174,12 +180,11 @@ LOSSES = dict(
     rkd_angle=(rkd_angle_loss, angle_definition),
     cka=(cka_loss, cka_definition),
     ressl=(ressl_loss, ressl_definition),
-    info_nce=(partial(info_nce_loss, temperature=0.2), lambda query, key: average(
-        [-similarities(q, key, 0.2)[i].log() for i, q in enumerate(query)])),
+    info_nce=(partial(info_nce_loss, temperature=0.2), info_nce_definition),
     nt_xent=(partial(nt_xent_loss, temperature=0.2), nt_xent_definition),
     nt_xent_other_side=(lambda b, a: nt_xent_loss(a, b, 0.2), nt_xent_definition),
     byol=(byol_loss, byol_definition),
-    pull=(pull_loss, lambda s, t: byol_definition(s - sum(s) / len(s), t - sum(t) / len(t))),
+    pull=(pull_loss, pull_definition),
     dino=(partial(dino_loss, center=CENTER), lambda s, t: average([*map(cross_entropy, s, t)])))
 MASKED = dict(
     masked_patch=(partial(masked_patch_loss, center=CENTER, student_temperature=0.3,

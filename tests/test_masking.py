@@ -1,7 +1,4 @@
-"""Masks: how many patches are hidden, which, how evenly, and from which random numbers.
-
-    pytest tests/test_masking.py
-"""
+"""Masks: how many patches are hidden, which, how evenly, and from which random numbers."""
 import pytest
 import torch
 

@@ -1,14 +1,12 @@
 """Objectives: every term against its paper written out plainly, two processes against one, sums.
 
-    pytest tests/test_objectives.py
-
-The plain versions read the weights by their names. They share the Vision Transformer and the
-decoder with the source: test_model.py specifies these. B images, N patches, D width, K prototypes.
+The plain versions read the weights by their names. They take the losses between points as
+test_losses.py writes them out, and share the Vision Transformer and the decoder with the source:
+test_model.py specifies these. B images, N patches, D width, K prototypes.
 """
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
-from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +21,9 @@ import train
 from conftest import cloud
 from model import ARCHS, Decoder
 from objectives import OBJECTIVES, System, defaults, parse_loss
+from test_losses import (angle_definition, byol_definition, cka_definition, distance_definition,
+                         info_nce_definition, nt_xent_definition, pull_definition,
+                         ressl_definition)
 
 torch.set_num_threads(1)
 SMALL = ("--arch vit_micro --image-size 16 --patch-size 4 --batch-size 8 --prototypes 24 "
@@ -145,22 +146,12 @@ def cross_views(loss, student, teacher):
 
 
 def relations(args, s, t):
-    """Park et al., eq. 4-9, over lists of all pairs and triplets."""
-    def cosine(x, i, j, k):
-        return (direction(x[i] - x[j]) * direction(x[k] - x[j])).sum(1)
-
     s, t = s.double(), t.double()
-    i, j = torch.tensor(list(permutations(range(len(s)), 2))).T
-    a, b = ((x[i] - x[j]).norm(dim=1) ** power for x, power in ((s, 1), (t, args.distance_power)))
-    triplet = torch.tensor(list(permutations(range(len(s)), 3))).T
-    return (args.distance_weight * F.huber_loss(a / a.mean(), b / b.mean())
-            + args.angle_weight * F.huber_loss(cosine(s, *triplet), cosine(t, *triplet)))
+    return (args.distance_weight * distance_definition(s, t, args.distance_power)
+            + args.angle_weight * angle_definition(s, t))
 
 
 def plain_rkd(s, t, d):
-    def pull(p, q):
-        return ((direction(p - p.mean(0)) - direction(q - q.mean(0))) ** 2).sum(1).mean()
-
     student, teacher = d.student, d.teacher
     if d.args.head:
         kind = dict(last=True) if d.args.head_batchnorm else dict(
@@ -168,7 +159,7 @@ def plain_rkd(s, t, d):
         student, teacher = ([mlp(w, "heads.rkd", x, **kind) for x in views]
                             for w, views in ((s, student), (t, teacher)))
     loss = (cross_views(partial(relations, d.args), student, teacher)
-            + d.args.pull_weight * cross_views(pull, student, teacher))
+            + d.args.pull_weight * cross_views(pull_definition, student, teacher))
     if d.args.patch_weight:  # among the patches of one crop, visible ones if the others are dropped
         theirs = d.theirs if d.tokens.shape[1] == 16 else d.theirs[~d.mask].view(d.tokens.shape)
         each = [relations(d.args, p, q) for p, q in zip(d.tokens, theirs)]
@@ -177,19 +168,12 @@ def plain_rkd(s, t, d):
 
 
 def plain_cka(s, t, d):
-    def loss(p, q):
-        p, q = (x @ x.T for x in (p - p.mean(0), q - q.mean(0)))
-        return 1 - (p * q).sum() / (p.norm() * q.norm())
-
-    return cross_views(loss, d.student, d.teacher)
+    return cross_views(cka_definition, [x.double() for x in d.student],
+                       [x.double() for x in d.teacher])
 
 
 def plain_ressl(s, t, d):
-    def loss(p, q):  # of each image: distributions over the seven other ones
-        p, q = ((direction(x) @ direction(x).T / temperature)[~torch.eye(8, dtype=bool)]
-                .view(8, 7).softmax(1) for x, temperature in ((p, 0.2), (q, d.temperature)))
-        return (q * (q / p).log()).sum(1).mean()
-
+    loss = partial(ressl_definition, student_temperature=0.2, teacher_temperature=d.temperature)
     return cross_views(loss, d.student, d.teacher)
 
 
@@ -199,27 +183,21 @@ def plain_feature(s, t, d):
 
 
 def plain_simclr(s, t, d):
-    """Eq. 1 for each of the 2N views: the positive of view i is N places further."""
-    z = torch.cat([direction(mlp(s, "heads.simclr", x, last=True)) for x in d.student])
-    others = (z @ z.T / 0.1).masked_fill(torch.eye(16, dtype=bool), -torch.inf)
-    return F.cross_entropy(others, torch.arange(16).roll(8))
+    return nt_xent_definition(*(mlp(s, "heads.simclr", x, last=True) for x in d.student), 0.1)
 
 
 def plain_moco(s, t, d):
     """Algorithm 1: ctr(q1, k2) + ctr(q2, k1), at temperature 0.2."""
-    def ctr(q, k):
-        return 2 * 0.2 * F.cross_entropy(direction(q) @ direction(k).T / 0.2, torch.arange(8))
-
     q1, q2 = (mlp(s, "predictors.moco", mlp(s, "heads.moco", x, 3, last=True), last=True)
               for x in d.student)
     k1, k2 = (mlp(t, "heads.moco", x, 3, last=True) for x in d.teacher)
-    return ctr(q1, k2) + ctr(q2, k1)
+    return 2 * 0.2 * (info_nce_definition(q1, k2) + info_nce_definition(q2, k1))
 
 
 def plain_byol(s, t, d):
-    p1, p2 = (direction(mlp(s, "predictors.byol", mlp(s, "heads.byol", x))) for x in d.student)
-    z1, z2 = (direction(mlp(t, "heads.byol", x)) for x in d.teacher)
-    return (((p1 - z2) ** 2).sum(1) + ((p2 - z1) ** 2).sum(1)).mean()
+    p1, p2 = (mlp(s, "predictors.byol", mlp(s, "heads.byol", x)) for x in d.student)
+    z1, z2 = (mlp(t, "heads.byol", x) for x in d.teacher)
+    return byol_definition(p1, z2) + byol_definition(p2, z1)
 
 
 def prototypes(w, name, x, d):
@@ -320,7 +298,7 @@ def one_of_two(rank, path):
 def two_processes(tmp_path_factory):
     """What two processes found, loss by loss."""
     path = tmp_path_factory.mktemp("two") / "found.pt"
-    torch.multiprocessing.spawn(one_of_two, (path,), nprocs=2)
+    torch.multiprocessing.start_processes(one_of_two, (path,), 2, start_method="forkserver")
     return torch.load(path, weights_only=True)
 
 

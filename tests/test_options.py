@@ -1,7 +1,4 @@
-"""Wrong options of every script: status 2, one line with the value and the way out, no traces.
-
-    pytest tests/test_options.py
-"""
+"""Wrong options of every script: status 2, one line with the value and the way out, no traces."""
 import runpy
 import shlex
 import shutil

@@ -1,7 +1,4 @@
-"""Randomness: every number is a hash of its keys, uniform, and unrelated to its neighbours.
-
-    pytest tests/test_randomness.py
-"""
+"""Randomness: every number is a hash of its keys, uniform, and unrelated to its neighbours."""
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Every value of every recipe against a table that says where it was published.
 
-    pytest tests/test_recipes.py
-
 Repositories at github.com; FILE names the file or the command in it. A number is written here as
 its source writes it: base lr * batch / images that it is per, warm-up epochs / epochs.
 """

@@ -1,7 +1,4 @@
-"""Weights: every published layout is read, strictly; a bad file is one clear error; timm's export.
-
-    pytest tests/test_weights.py
-"""
+"""Weights: every published layout is read, strictly; a bad file is one clear error; timm's export."""
 import argparse
 import json
 import os
