@@ -43,8 +43,8 @@ def squared_distance(x):
         gram = x @ x.mT  # (..., N, N)
         norms = gram.diagonal(dim1=-2, dim2=-1)
         scale = norms.unsqueeze(-1) + norms.unsqueeze(-2)
-        squares = scale - 2 * gram
-        return squares.masked_fill(squares <= (1e-13 if exact else 1e-6) * scale, 0)
+        squares = torch.sub(scale, gram, alpha=2)
+        return squares.masked_fill_(squares <= (1e-13 if exact else 1e-6) * scale, 0)
 
 
 def pairwise_distance(x):
@@ -53,9 +53,29 @@ def pairwise_distance(x):
     Blind to shifts and rotations. The gradient is finite everywhere: 0 for rows that coincide,
     where the square root has no slope. O(N²) memory.
     """
-    squares = squared_distance(x)
-    apart = squares > 0
-    return (torch.where(apart, squares, 1).sqrt() * apart).float()
+    return PairwiseDistance.apply(x)
+
+
+class PairwiseDistance(torch.autograd.Function):
+    """Distances d_ij with their gradient in closed form: dd_ij / dx_i = (x_i - x_j) / d_ij.
+
+    With w_ij = (g_ij + g_ji) / d_ij, of gradients g, that of x_i is sum over j of w_ij (x_i - x_j).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        squares = squared_distance(x)
+        distances = squares.sqrt_().float()
+        ctx.save_for_backward(x.to(squares.dtype), distances)
+        return distances
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, distances = ctx.saved_tensors
+        w = (gradient + gradient.mT).to(x.dtype) / distances
+        w.masked_fill_(distances == 0, 0)
+        return w.sum(-1, keepdim=True) * x - w @ x  # autograd casts it to the input's dtype
 
 
 def rkd_distance_loss(student, teacher, power=1.0):
