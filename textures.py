@@ -24,6 +24,15 @@ def textures(count, seed, size=32):
     and noise of four scales; `factors` holds what was drawn, in the order of FACTORS, for probes.
     """
     index = torch.arange(count)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    factors = torch.empty(count, len(FACTORS), dtype=torch.float64)
+    for some in index.split(max(1, 2**21 // size**2)):  # whole, 10,000 of 224 px would take 50 GB
+        images[some], factors[some] = draw_some(some, seed, size)
+    return images, index % len(TEXTURES), factors
+
+
+def draw_some(index, seed, size):
+    """`textures` of the numbers `index` (B,) -> images (B, 3, size, size), factors (B, 9)."""
     draw = uniform(16, seed, index).double()
     label = index % len(TEXTURES)
     frequency, rotation = 3.5 + draw[:, 0], 0.4 * draw[:, 1] - 0.2
@@ -75,11 +84,11 @@ def textures(count, seed, size=32):
     angle, strength = 2 * math.pi * angle, 0.6 * strength
     images *= 1 + strength * (torch.cos(angle) * x + torch.sin(angle) * y)
     for level, coarse in enumerate((size, size // 2, size // 4, size // 8)):
-        noise = uniform(coarse * coarse, seed, index, 1 + level).view(count, 1, coarse, coarse)
+        noise = uniform(coarse * coarse, seed, index, 1 + level).view(-1, 1, coarse, coarse)
         images += 0.12 * F.interpolate(noise - 0.5, size=(size, size), mode="nearest")
     factors = torch.stack([label, draw[:, 7], draw[:, 8], frequency, draw[:, 2], draw[:, 3],
                            rotation, strength.flatten(), draw[:, 11]], 1)
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8), label, factors
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), factors
 
 
 def hsv_to_rgb(hue, saturation, value):
