@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from randomness import uniform
@@ -112,16 +113,13 @@ def fingerprint(data):
 
 
 def center_view(image, index, size):
-    """Of a PIL image for evaluation: short side to size·256/224, then the centre."""
+    """Of a PIL image for evaluation, as published: short side to size·256/224, then the centre."""
     most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
     if max(image.size) > most:
         left, top = (max(0, side - most) // 2 for side in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
-    short = size if min(image.size) <= size else round(size * 256 / 224)
-    width, height = (round(side * short / min(image.size)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.BICUBIC)
-    return [pil_to_tensor(image.crop((left, top, left + size, top + size)))]
+    image = resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC)
+    return [pil_to_tensor(center_crop(image, size))]
 
 
 def scan(root):
@@ -268,23 +266,30 @@ def crop_boxes(draw, height, width, scale):
     return top.long(), left.long(), h.long(), w.long()
 
 
-def resize_matrix(start, length, size_in, size_out):
-    """Antialiased bilinear resize of pixels start .. start + length -> (B, size_out, size_in)."""
+def resize_matrix(start, length, size_in, size_out, bicubic=False):
+    """Antialiased resize of pixels start .. start + length, as PIL's: (B, size_out, size_in)."""
     scale = length.view(-1, 1, 1) / size_out
     out = torch.arange(size_out, device=start.device).unsqueeze(1)
     source = torch.arange(size_in, device=start.device) - start.view(-1, 1, 1)  # within the crop
     distance = (source + 0.5 - (out + 0.5) * scale).abs() / scale.clamp_min(1)
-    weight = (1 - distance).clamp_min(0) * ((source >= 0) & (source < length.view(-1, 1, 1)))
+    if bicubic:  # Keys 1981, a = -1/2
+        x = distance.clamp_max(2)
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - x / 2) * x - 4) * x + 2)
+    else:
+        weight = (1 - distance).clamp_min(0)
+    weight = weight * ((source >= 0) & (source < length.view(-1, 1, 1)))
     return weight / weight.sum(2, keepdim=True)
 
 
-def crop(images, draw, size, scale):
+def crop(images, draw, size, scale, bicubic=False):
     """Crop, resize, flip: uint8 (B, 3, height, width), draws (B, 23) -> (B, 3, S, S), 0 to 1."""
     height, width = images.shape[2:]
     top, left, h, w = crop_boxes(draw, height, width, scale)
-    rows, columns = resize_matrix(top, h, height, size), resize_matrix(left, w, width, size)
+    rows = resize_matrix(top, h, height, size, bicubic)
+    columns = resize_matrix(left, w, width, size, bicubic)
     columns = torch.where(draw[:, 22].view(-1, 1, 1) < 0.5, columns.flip(1), columns)
-    return rows.unsqueeze(1) @ unit(images) @ columns.unsqueeze(1).mT
+    crops = rows.unsqueeze(1) @ unit(images) @ columns.unsqueeze(1).mT
+    return crops.clamp_(0, 1) if bicubic else crops
 
 
 def grey(x):
@@ -344,19 +349,21 @@ def blur(x, sigma):
     return rows(rows(x).mT).mT
 
 
-def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=0.5,
-           solarize_probability=0.0):
-    """Jitter (p .8), grey, blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
+def colour(x, draw, jitter=0.4, saturation=None, hue=0.1, jitter_probability=0.8,
+           grey_probability=0.2, blur_probability=0.5, solarize_probability=0.0):
+    """Jitter, grey, blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
 
-    Brightness and contrast vary by a factor in 1 ± jitter, saturation half as much (BYOL), hue by
-    ± `hue` turns; sigma of the blur is uniform in .1 .. min(2, S / 32) pixels.
+    Brightness and contrast vary by a factor in 1 ± jitter, saturation in 1 ± `saturation` (None:
+    half of the jitter, as BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 ..
+    min(2, S / 32) pixels.
     """
     draw = draw.view(len(x), 9, 1, 1, 1)
-    factor = 1 + jitter * (2 * draw[:, 1:4] - 1)
+    saturation = jitter / 2 if saturation is None else saturation
+    sizes = jitter, jitter, saturation
 
     def jittered(x, rows):
-        brightness, contrast, s = factor[rows].unbind(1)
-        s = 1 + (s - 1) / 2  # saturation
+        brightness, contrast, s = (1 + size * (2 * d - 1)
+                                   for size, d in zip(sizes, draw[rows, 1:4].unbind(1)))
         x = (x * brightness).clamp_(0, 1)
         mean = grey(x).mean((2, 3), keepdim=True)
         x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
@@ -364,7 +371,7 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
         x.mul_(s).add_(shade).clamp_(0, 1)
         return shift_hue(x, hue * (2 * draw[rows, 4, 0] - 1)) if hue else x
 
-    x = where_drawn(draw[:, 0] < 0.8, x, jittered)
+    x = where_drawn(draw[:, 0] < jitter_probability, x, jittered)
     x = where_drawn(draw[:, 5] < grey_probability, x, lambda x, _: grey(x).expand_as(x))
     if blur_probability:
         sigma = 0.1 + (min(2.0, x.shape[-1] / 32) - 0.1) * draw[:, 7].flatten()
@@ -388,14 +395,15 @@ def normalize(x):
     return (x - x.new_tensor(MEAN).view(3, 1, 1)).div_(x.new_tensor(STD).view(3, 1, 1))
 
 
-def cut(image, index, epoch, seed, views):
+def cut(image, index, epoch, seed, views, bicubic=False):
     """All crops of one PIL image: `views` is a list of (side, scale of area)."""
     draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one a view
     scales = torch.tensor([scale for _, scale in views]).T.unsqueeze(2)
     boxes = torch.stack(crop_boxes(draws, image.height, image.width, scales), 1).tolist()
     crops = []
     for (top, left, h, w), flip, (size, _) in zip(boxes, draws[:, 22] < 0.5, views):
-        view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BILINEAR)
+        view = image.crop((left, top, left + w, top + h)).resize(
+            (size, size), Image.BICUBIC if bicubic else Image.BILINEAR)
         crops.append(pil_to_tensor(ImageOps.mirror(view) if flip else view))
     return crops
 
@@ -424,7 +432,8 @@ def coloured(crops, draw, options):
                       for x, d in zip(crops.split(few), draw.split(few))])
 
 
-def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colours):
+def train_batches(data, steps, views, seed, device, workers=0, weak=True, bicubic=False,
+                  **colours):
     """For each (epoch, index (B,)) of `steps`: (index, weak, strong), lists of one tensor a view.
 
     A view is (side, scale of area). Weak ones are cropped and flipped (none unless `weak`), strong
@@ -440,13 +449,13 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, **colo
         images = data.images.to(device)
         for epoch, index in steps:
             index = index.to(device)
-            crops = [crop(images[index], uniform(CROP_DRAWS, seed, epoch, index, k), *view)
+            crops = [crop(images[index], uniform(CROP_DRAWS, seed, epoch, index, k), *view, bicubic)
                      for k, view in enumerate(views)]
             yield finish(crops, epoch, index)
         return
     steps, again = itertools.tee(steps)
-    keys = ([(partial(cut, epoch=epoch, seed=seed, views=views), i) for i in index.tolist()]
-            for epoch, index in steps)
+    keys = ([(partial(cut, epoch=epoch, seed=seed, views=views, bicubic=bicubic), i)
+             for i in index.tolist()] for epoch, index in steps)
     for (epoch, _), (crops, index) in zip(again, loaded(data, keys, workers, device)):
         yield finish(crops, epoch, index.to(device))
 

@@ -50,6 +50,9 @@ except ImportError:  # Windows
 
 # ---- options -----------------------------------------------------------------------------------
 
+# --decay: does weight decay act on a parameter? Tokens, positions: DINO, iBOT, MAE, dBOT; all: MoCo
+DECAY = dict(matrices=lambda p: p.dim() in (2, 4), tokens=lambda p: p.dim() > 1, all=lambda p: True)
+
 def options():
     parser, fraction, positive, width = Parser(__doc__), number(0, 1), whole(1), whole(0, 2**16)
     flag = dict(action="store_true")
@@ -97,7 +100,10 @@ def options():
     add("--global-crops", type=int, choices=[1, 2], default=2, help="whole views per image")
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
     add("--local-crops", type=whole(0, 64), default=0, help="more, small views (DINO's multi-crop)")
-    add("--jitter", type=fraction, default=0.4, help="of brightness, contrast and saturation")
+    add("--bicubic", **flag, help="crops as published; bilinear is faster")
+    add("--jitter", type=fraction, default=0.4, help="of brightness and contrast")
+    add("--saturation", type=fraction, help="its jitter; default: half of --jitter")
+    add("--jitter-probability", type=fraction, default=0.8, help="share of jittered views")
     add("--hue", type=number(0, 0.5), default=0.5, help="in turns; .1 where colour tells classes")
     add("--grey", type=fraction, default=0.2, help="share of grey views")
     add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="share, per global view")
@@ -129,7 +135,10 @@ def options():
     add("--min-lr", type=number(0), default=0.0, help="at the end")
     add("--warmup", type=fraction, default=0.1, help="share of the run; more if unstable")
     add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start end (cosine)")
+    add("--decay", default="matrices", choices=DECAY,
+        help="what weight decay acts on; tokens: also on them and on positions")
     add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW; lower if the loss jumps")
+    add("--adam-eps", type=number(0), default=1e-6, help="AdamW; published: 1e-8")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
     add("--clip-each", **flag, help="clip each parameter by itself (DINO)")
 
@@ -251,8 +260,8 @@ def schedules(step, total, args):
     warm = round(args.warmup * total)
     decay = cosine(*args.weight_decay, step / total)
     momentum = cosine(args.momentum, 1, step / total)
-    if step < warm:
-        return args.lr * (step + 1) / warm, decay, momentum
+    if step < warm:  # from 0, as DINO, iBOT, BEiT and MoCo v3
+        return args.lr * step / max(1, warm - 1), decay, momentum
     lr = cosine(args.lr, args.min_lr, (step - warm) / max(1, total - warm))
     return lr, decay, momentum
 
@@ -302,7 +311,8 @@ def open_batches(args, train_set, start, stop, rank, world, device):
     return train_batches(
         train_set, sample_order(len(train_set), start, stop, args, rank, world), views, args.seed,
         device, args.workers, weak=args.weak_teacher or args.mask == "attention",
-        jitter=args.jitter, hue=args.hue, grey_probability=args.grey,
+        bicubic=args.bicubic, jitter=args.jitter, saturation=args.saturation, hue=args.hue,
+        jitter_probability=args.jitter_probability, grey_probability=args.grey,
         blur_probability=args.blur[:whole] + [0.5 * any(args.blur)] * local,
         solarize_probability=args.solarize[:whole] + [0.0] * local)
 
@@ -695,15 +705,16 @@ def main():
                              f"{args.stages}: raise --epochs (now {args.epochs or 'not given'}) "
                              "or --max-steps")
 
-        # -- student, teacher, optimizer. Weight decay: matrices only. eps: relations do not see
-        # norm.bias, attention not the bias of its keys; the usual 1e-8 would raise the rounding
-        # noise of their gradients to full steps
+        # -- student, teacher, optimizer. The default eps: relations do not see norm.bias, attention
+        # not the bias of its keys; 1e-8 would raise the rounding noise of their gradients to full
+        # steps
         system = System(args).to(device)
         parameters = [p for p in system.parameters() if p.requires_grad]
-        groups = [dict(params=[p for p in parameters if p.dim() in (2, 4)]),
-                  dict(params=[p for p in parameters if p.dim() in (1, 3)])]
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-6,
-                                      fused=device.type != "mps")
+        groups = [dict(params=[p for p in parameters if DECAY[args.decay](p) == decayed])
+                  for decayed in (True, False)]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2),
+                                      eps=args.adam_eps, fused=device.type != "mps")
 
         # -- resume
         args.data_fingerprint = fingerprint(train_set)

@@ -67,13 +67,16 @@ def first_box_that_fits(draw, height, width, scale):
 
 @pytest.mark.parametrize("height, width, size", [
     (32, 32, 32), (40, 24, 16), (20, 31, 48), (10, 400, 16), (400, 10, 16), (1, 1, 4)])
-def test_crop_is_torchvisions_random_resized_crop_and_flip(height, width, size):
+@pytest.mark.parametrize("bicubic", [False, True])
+def test_crop_is_torchvisions_random_resized_crop_and_flip(height, width, size, bicubic):
+    mode = TF.InterpolationMode.BICUBIC if bicubic else TF.InterpolationMode.BILINEAR
     images, draw, expected = pictures(24, 3, height, width), draws(24, 23), []
     for image, row in zip(images, draw.tolist()):
         box = first_box_that_fits(row, height, width, (0.05, 1.0))
-        view = TF.resized_crop(image.float() / 255, *box, [size, size], antialias=True)
+        view = TF.resized_crop(image.float() / 255, *box, [size, size], mode, antialias=True)
         expected.append(view.flip(2) if row[22] < 0.5 else view)
-    assert_close(crop(images, draw, size, (0.05, 1.0)), torch.stack(expected), atol=1e-5, rtol=0)
+    found = crop(images, draw, size, (0.05, 1.0), bicubic)
+    assert_close(found, torch.stack(expected).clamp(0, 1), atol=1e-5, rtol=0)
 
 
 def no_change(count):
@@ -163,11 +166,10 @@ def test_views_from_disk_are_those_in_memory_and_the_same_for_any_number_of_work
             assert (seen(a) - seen(b))[..., 1:-1, 1:-1].abs().max() < 1.6 / 255  # PIL rounds twice
 
 
-@pytest.mark.parametrize("width, height, short", [(300, 200, 128), (256, 224, 128), (150, 100, 112),
-                                                  (112, 112, 112)])
-def test_images_on_disk_are_measured_by_resize_and_centre_crop(tmp_path, width, height, short):
-    write(tmp_path / "a.png", (width, height))  # larger images: short side to 112 · 256 / 224
-    image = TF.resize(Image.open(tmp_path / "a.png"), short, TF.InterpolationMode.BICUBIC)
+@pytest.mark.parametrize("width, height", [(300, 200), (256, 223), (150, 101), (112, 112), (50, 90)])
+def test_images_on_disk_are_measured_by_resize_and_centre_crop(tmp_path, width, height):
+    write(tmp_path / "a.png", (width, height))  # 128: 112 · 256 / 224
+    image = TF.resize(Image.open(tmp_path / "a.png"), 128, TF.InterpolationMode.BICUBIC)
     data = Folder([str(tmp_path / "a.png")], [3], list("abcd"))
     [(images, labels)] = eval_batches(data, [0], 112, CPU)
     expected = TF.to_tensor(TF.center_crop(image, 112))

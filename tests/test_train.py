@@ -14,7 +14,7 @@ from model import ema_update
 from objectives import System
 
 OPTIONS_ARE_READ_IN = "train.py objectives.py".split()
-FILES = "args.json checkpoint.pt curves.png log.jsonl masks.png previous.pt".split()
+FILES = "args.json checkpoint.pt curves.png lock log.jsonl masks.png previous.pt".split()
 CPU = "--data folder --batch-size 8 --device cpu --workers 0 --log-every 2".split()
 
 
@@ -30,7 +30,7 @@ def order(rank=0, world=1, pieces=1, start=0, seed=0):
 
 
 @pytest.mark.parametrize("step, expected", [
-    (0, [0.2, 0.04, 0.9]), (9, [2, 0.047, 0.902]), (55, [1, 0.248, 0.958]), (100, [0, 0.4, 1])])
+    (0, [0, 0.04, 0.9]), (9, [2, 0.047, 0.902]), (55, [1, 0.248, 0.958]), (100, [0, 0.4, 1])])
 def test_lr_warms_up_in_a_line_and_lr_decay_and_momentum_follow_a_cosine(step, expected):
     args = SimpleNamespace(lr=2.0, min_lr=0.0, warmup=0.1, weight_decay=[0.04, 0.4], momentum=0.9)
     assert train.schedules(step, 100, args) == pytest.approx(expected, abs=6e-4)
@@ -99,13 +99,14 @@ def loop(args, batches):
     """What a checkpoint holds after two plain steps on recorded views, with recorded randomness."""
     system, length = System(args), 2 // args.stages
     moving = [p for p in system.student.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in moving if p.dim() in dims]) for dims in ((2, 4), (1, 3))]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-6, fused=True)
+    decaying = dict(matrices=(2, 4), tokens=(2, 3, 4), all=(1, 2, 3, 4))[args.decay]
+    groups = [dict(params=[p for p in moving if (p.dim() in decaying) == yes]) for yes in (1, 0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True)
     for step in range(2):
         if step == length:
             system.next_stage(1)
         lr, decay, momentum = train.schedules(step % length, length, args)
-        for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):  # of matrices only
+        for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)
         for piece in range(args.grad_accum):
             strong, weak, *_, random = batches.pop(0)
@@ -126,7 +127,8 @@ def loop(args, batches):
 @pytest.mark.parametrize("options", [
     "--mask-ratio 0 --clip-grad 0", "--hide token", "--local-crops 2", "--mask attention --seed 1",
     "--mask block --weak-teacher", "--head 16 --beta2 0.5", "--grad-accum 2 --drop-path 0.5",
-    "--loss dbot --clip-each --clip-grad 0.001", "--weight-decay 9 5 --pool cls+mean", "--loss mae",
+    "--loss dbot --clip-each --clip-grad 0.001", "--weight-decay 9 5 --pool cls+mean",
+    "--loss mae --weight-decay 9 5 --decay tokens", "--weight-decay 9 5 --decay all --adam-eps 1e-3",
     "--loss dino --freeze-last-layer 0.5 --teacher-temperature 0.02 0.2", "--clip-grad 0.01"])
 def test_two_steps_without_classes_equal_the_plain_loop(options, tmp_path, monkeypatch, capsys):
     images, out = write_textures(tmp_path / "images", 16, 0, classes=1), tmp_path / "run"
