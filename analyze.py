@@ -25,15 +25,17 @@ import json
 import math
 import os
 import statistics
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from data import MEAN, STD, eval_batches, load_data, normalize, train_batches, unit
+from data import DATASETS, MEAN, STD, eval_batches, load_data, normalize, train_batches, unit
 from eval_knn import Parser
-from losses import cka_loss, effective_rank, pairwise_distance, squared_distance
+from losses import cka_loss, effective_rank, pairwise_distance
 from masking import MASKS
 from model import ARCHS, pool_tokens
 from objectives import OBJECTIVES, System, parse_loss
@@ -49,99 +51,98 @@ NOT_THE_SYSTEM = set("recipe data_path workers device compile out_dir resume sav
 OF_RKD = set("distance_weight distance_power angle_weight pull_weight patch_weight head".split())
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
+A_RUN = "give the --out-dir of a finished run of train.py"
 
 
 def new_figure(rows, columns, width, height, **options):
     """(figure, axes [row][column]), in inches. Imported here: training needs no matplotlib."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def name_of(path):
-    return os.path.basename(os.path.normpath(path))
+def add_legends(axes):
+    for place in axes:
+        if place.lines:
+            place.legend(fontsize=8)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
 
 def read_json_lines(path):
-    """The objects of a .jsonl file. A line that was cut is left out."""
+    """The objects of a .jsonl file. Other lines are left out: cut ones, and text for people."""
     found = []
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 found.append(json.loads(line))
             except ValueError:
                 continue
-    return found
+    return [x for x in found if isinstance(x, dict)]
 
 
 def read_run(folder):
     """A run from its --out-dir: name, options, logged rows, and the results of eval_*.py."""
-    with open(os.path.join(folder, "args.json")) as file:
-        args = json.load(file)
-    rows, seconds, before = read_json_lines(os.path.join(folder, "log.jsonl")), 0.0, 0
+    folder = Path(folder)
+    args = json.loads((folder / "args.json").read_text())
+    rows = [row for row in read_json_lines(folder / "log.jsonl") if "step" in row]
     if not rows:
-        raise ValueError(f"{folder}: log.jsonl has no rows")
+        raise ValueError("log.jsonl has no rows")
+    seconds, before = 0.0, 0
     for row in rows:
         if row.get("images_per_second"):
             seconds += (row["step"] - before) * args["batch_size"] / row["images_per_second"]
         before = row["step"]
-        row |= dict(seconds=seconds, images=row["step"] * args["batch_size"])
-    measured, path = {}, os.path.join(folder, "evals.jsonl")
-    for result in read_json_lines(path) if os.path.exists(path) else ():
+        row["seconds"] = seconds
+    measured, path = {}, folder / "evals.jsonl"
+    for result in read_json_lines(path) if path.exists() else ():
         kind = "_whitened" if result.get("whiten") else "_centered" if result.get("center") else ""
         for name, value in result.items():
             measured[name + kind if name == "knn_top1" else name] = value
-    return SimpleNamespace(name=name_of(folder), args=args, rows=rows, measured=measured)
+    return SimpleNamespace(name=folder.name, args=args, rows=rows, measured=measured)
 
 
 def read_runs(paths, only=("*",)):
     """Runs from folders, and those of .jsonl files whose names match a pattern of `only`."""
     runs = []
     for path in paths:
-        if os.path.isdir(path):
-            runs.append(read_run(path))
-            continue
-        defaults, *lines = read_json_lines(path)
-        for line in lines:
-            if any(fnmatch.fnmatch(line["name"], pattern) for pattern in only):
-                args = defaults["defaults"] | line.pop("options")
-                for row in line["rows"]:
-                    row["images"] = row["step"] * args["batch_size"]
-                runs.append(SimpleNamespace(args=args, **line))
+        try:
+            if os.path.isdir(path):
+                runs.append(read_run(path))
+                continue
+            first, *lines = read_json_lines(path)
+            defaults = first["defaults"]
+            runs += [SimpleNamespace(args=defaults | line.pop("options"), **line)
+                     for line in lines if any(fnmatch.fnmatch(line["name"], one) for one in only)]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as a run ({type(error).__name__}: {error}): "
+                             f"{A_RUN}, or study/runs.jsonl") from error
     if not runs:
-        raise ValueError(f"no run in {' '.join(map(str, paths))} is called {' or '.join(only)}")
+        raise ValueError(f"no run in {' '.join(map(str, paths))} is called {' or '.join(only)}: "
+                         "give other patterns to --only")
     return runs
 
 
-def keep(runs, path, most=20):
-    """Append runs to a .jsonl file of `read_runs`, a line each: options, evaluations, log.
+def keep(runs, path):
+    """Append runs to a .jsonl file, a line each: options, evaluations, log.
 
-    Options equal to the defaults in the first line of the file are left out. The rows with a k-NN
-    evaluation stay, and others evenly spaced, about `most` in all. Columns that follow from step
-    and options are left out.
+    Options equal to the defaults in the first line of the file are left out. About 20 rows stay,
+    and those with a k-NN evaluation.
     """
-    defaults = read_json_lines(path)[0]["defaults"] | dict(out_dir=None)
-    derived = "epoch images lr weight_decay momentum".split()
+    defaults = read_json_lines(path)[0]["defaults"]
     with open(path, "a") as file:
         for run in runs:
-            *most_rows, last = run.rows  # the table reads the last one
-            rows = [row for row in most_rows if "knn_top1" in row] + [last]
-            others = [row for row in most_rows if "knn_top1" not in row]
-            rows += others[::max(1, math.ceil(len(others) / max(1, most - len(rows))))]
-            rows.sort(key=lambda row: row["step"])
-            rows = [{name: x for name, x in row.items() if name not in derived} for row in rows]
+            *rows, last = run.rows
+            every = math.ceil(len(run.rows) / 20)
+            rows = [row for i, row in enumerate(rows) if i % every == 0 or "knn_top1" in row]
             options = {name: x for name, x in run.args.items()
                        if name != "out_dir" and (name not in defaults or x != defaults[name])}
-            line = dict(name=run.name, options=options, measured=run.measured, rows=rows)
+            line = dict(name=run.name, options=options, measured=run.measured,
+                        rows=[*rows, last])
             file.write(json.dumps(line) + "\n")
-
-
-def system_of(run):
-    """The options that make a run what it is; those of rkd only where it is in the sum."""
-    other = set() if "rkd" in parse_loss(run.args["loss"]) else OF_RKD
-    return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
 
 
 def by_data_set(runs):
@@ -149,8 +150,14 @@ def by_data_set(runs):
     sets = {}
     for run in runs:
         folder = run.args["data_path"] if run.args["data"] == "folder" else None
-        sets.setdefault(name_of(folder) if folder else run.args["data"], []).append(run)
+        sets.setdefault(Path(folder).name if folder else run.args["data"], []).append(run)
     return sets
+
+
+def system_of(run):
+    """The options that make a run what it is; those of rkd only where it is in the sum."""
+    other = set() if "rkd" in parse_loss(run.args["loss"]) else OF_RKD
+    return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
 
 
 def grouped(runs):
@@ -166,29 +173,28 @@ def grouped(runs):
         groups.setdefault(json.dumps(system_of(run), sort_keys=True), []).append(run)
     systems = [json.loads(key) for key in groups]
     for system, members in zip(systems, groups.values()):
-        alike = [other for other in systems if other["loss"] == system["loss"]]
         label = system["loss"]
         for name, x in system.items():
-            others = [s for s in systems if name in s] if name in OF_RKD else alike
+            others = [other for other in systems if (name in other if name in OF_RKD
+                                                     else other["loss"] == system["loss"])]
             if any(other.get(name) != x for other in others):
                 label += f", {name} {x}"
         labelled[label] = members
     return labelled
 
 
-def over_seeds(runs, x, y):
-    """(x, mean, standard deviation) of a column at the steps that all seeds have."""
-    columns = [{row["step"]: row for row in run.rows if row.get(y) is not None} for run in runs]
-    steps = sorted(set.intersection(*(set(column) for column in columns)))
-    values = [[column[step][y] for column in columns] for step in steps]
-    return ([statistics.mean(column[step][x] for column in columns) for step in steps],
-            [statistics.mean(v) for v in values],
-            [deviation(v) for v in values])
-
-
 def deviation(values):
     """Standard deviation over seeds; 0 of one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def over_seeds(runs, column):
+    """(steps that all seeds have, mean, standard deviation) of a logged column."""
+    logged = [{row["step"]: row[column] for row in run.rows if row.get(column) is not None}
+              for run in runs]
+    steps = sorted(set.intersection(*map(set, logged)))
+    values = [[seed[step] for seed in logged] for step in steps]
+    return steps, [*map(statistics.mean, values)], [*map(deviation, values)]
 
 
 def plus_minus(values, digits=1, sign=""):
@@ -212,56 +218,63 @@ def difference(values):
     return text
 
 
-def curves(folders, out=None, x="step", only=("*",)):
+def draw_curve(place, runs, column, style, label, color=None, relative=False):
+    """The mean of a logged column over seeds, their standard deviation as a band around it."""
+    steps, mean, spread = map(torch.tensor, over_seeds(runs, column))
+    if not len(steps):  # a run without a test set has no k-NN
+        return
+    if relative:
+        mean, spread = mean / mean[0], spread / mean[0]
+    [line] = place.plot(steps, mean, style, label=label, color=color)
+    place.fill_between(steps, mean - spread, mean + spread, alpha=0.2, color=line.get_color())
+
+
+def draw_run(run, knn, loss, rank):
+    """One run: k-NN beside its two controls, each term of the loss, the rank of two sets."""
+    draw_curve(knn, [run], "knn_top1", "o-",
+               "EMA teacher" if run.args["teacher"] == "ema" else "student")
+    for name, style in (("raw_pixels", "--"), ("untrained", ":")):
+        if f"{name}_knn_top1" in run.rows[0]:
+            knn.axhline(run.rows[0][f"{name}_knn_top1"], ls=style, color="0.4",
+                        label=name.replace("_", " "))
+    terms = [name for name in [*OBJECTIVES, *PARTS] if any(name in row for row in run.rows)]
+    for name, style in zip(terms, itertools.cycle(STYLES)):
+        draw_curve(loss, [run], name, style, name)
+    draw_curve(rank, [run], "effective_rank", "-", "of a batch")
+    draw_curve(rank, [run], "test_effective_rank", "o--", "of the test images")
+    loss.set(title="losses", ylabel="loss")
+    add_legends([knn, loss, rank])
+
+
+def curves(folders, out=None, only=("*",)):
     """curves.png from log.jsonl and args.json: of one run with its loss terms, or of several."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     runs = read_runs(folders, only)
     figure, axes = new_figure(1, 3, 12, 4)
     knn, loss, rank = axes[0]
-    styles = itertools.cycle(STYLES)
-
-    def draw(place, members, y, style, label, relative=False):
-        steps, mean, spread = map(torch.tensor, over_seeds(members, x, y))
-        if not len(steps):
-            return
-        if relative:
-            mean, spread = mean / mean[0], spread / mean[0]
-        [line] = place.plot(steps, mean, style, label=label)
-        place.fill_between(steps, mean - spread, mean + spread, alpha=0.2, color=line.get_color())
-
     if len(runs) == 1:
-        [run] = runs
-        draw(knn, runs, "knn_top1", "o-",
-             "EMA teacher" if run.args["teacher"] == "ema" else "student")
-        for name, style in (("raw_pixels", "--"), ("untrained", ":")):
-            if f"{name}_knn_top1" in run.rows[0]:
-                knn.axhline(run.rows[0][f"{name}_knn_top1"], ls=style, color="0.4",
-                            label=name.replace("_", " "))
-        logged = {name for row in run.rows for name in row}
-        for name in [*OBJECTIVES, *PARTS]:
-            if name in logged:
-                draw(loss, runs, name, next(styles), name)
-        draw(rank, runs, "effective_rank", "-", "of a batch")
-        draw(rank, runs, "test_effective_rank", "o--", "of the test images")
-        loss.set(title="losses", ylabel="loss")
-        for place in axes[0]:
-            if place.lines:  # a run without a test set has no k-NN
-                place.legend(fontsize=8)
+        draw_run(runs[0], knn, loss, rank)
     else:
-        for (label, members), style in zip(grouped(runs).items(), styles):
-            draw(knn, members, "knn_top1", style, f"{label} (n = {len(members)})")
-            draw(loss, members, "loss", style, label, relative=True)
-            draw(rank, members, "effective_rank", style, label)
+        for i, (label, members) in enumerate(grouped(runs).items()):
+            look = STYLES[i % len(STYLES)], f"{label} (n = {len(members)})", f"C{i}"
+            draw_curve(knn, members, "knn_top1", *look)
+            draw_curve(loss, members, "loss", *look, relative=True)
+            draw_curve(rank, members, "effective_rank", *look)
         loss.set(title="loss", ylabel="loss / its first value")
         figure.suptitle("mean ± standard deviation over seeds", fontsize=10)
-        figure.legend(*knn.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3,
                       fontsize=8)
     knn.set(title="k-NN", ylabel="accuracy, %")
     loss.set_yscale("log")
     rank.set(title="effective rank (1: collapsed)", ylabel="effective rank", ylim=(0, None))
     for place in axes[0]:
-        place.set_xlabel(dict(step="step", images="images seen", seconds="training time, s")[x])
-    figure.savefig(out or os.path.join(folders[0], "curves.png"), dpi=100)
+        place.set_xlabel("step")
+    figure.savefig(out or os.path.join(folders[0], "curves.png"))
+
+
+def markdown(header, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def table(folders, only=("*",)):
@@ -269,7 +282,7 @@ def table(folders, only=("*",)):
 
     A value is the last one of evals.jsonl, else the last one of the log.
     """
-    def cell(runs, name, digits=1, first=False):
+    def cell(runs, name, digits, first=False):
         values = []
         for run in runs:
             rows = run.rows if first else [run.measured, *reversed(run.rows)]
@@ -292,32 +305,20 @@ def table(folders, only=("*",)):
     return markdown(["run", "mask", *columns, "n"], rows)
 
 
-def markdown(header, rows):
-    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def paired(runs):
-    """The groups, and of each sum with rkd whose rest was run too, all options alike but rkd's own:
-    (label, label of the rest, {measure: differences of the seeds that both have})."""
-    def key(runs, terms):
-        options = {name: x for name, x in system_of(runs[0]).items() if name not in OF_RKD}
+def without_rkd(groups):
+    """{label of a sum with rkd: label of its rest}, where both ran, all options alike but rkd's."""
+    def key(label, terms):
+        options = {name: x for name, x in system_of(groups[label][0]).items()
+                   if name not in OF_RKD}
         return json.dumps(options | dict(loss=terms), sort_keys=True)
 
-    groups, found = grouped(runs), []
     terms = {label: parse_loss(runs[0].args["loss"]) for label, runs in groups.items()}
-    labels = {key(runs, terms[label]): label for label, runs in groups.items()}
-    for label, runs in groups.items():
-        rest = {name: weight for name, weight in terms[label].items() if name != "rkd"}
-        base = labels.get(key(runs, rest))
-        if rest == terms[label] or not base:
-            continue
-        alone = {run.args["seed"]: run.measured for run in groups[base]}
-        both = [(run.measured, alone[run.args["seed"]]) for run in runs
-                if run.args["seed"] in alone]
-        found.append((label, base, {name: [a[name] - b[name] for a, b in both
-                                           if name in a and name in b] for name in MEASURES}))
-    return groups, found
+    labels, found = {key(label, own): label for label, own in terms.items()}, {}
+    for label, own in terms.items():
+        rest = {name: weight for name, weight in own.items() if name != "rkd"}
+        if "rkd" in own and key(label, rest) in labels:
+            found[label] = labels[key(label, rest)]
+    return found
 
 
 def pairs(folders, out, only=("*",)):
@@ -326,26 +327,33 @@ def pairs(folders, out, only=("*",)):
     From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe. A row of
     panels for each data set. Bold differences are those whose 95 % interval leaves out zero.
     """
-    sets = {name: paired(own) for name, own in by_data_set(read_runs(folders, only)).items()}
-    if not any(found for _, found in sets.values()):
-        raise ValueError("no two of these runs are X and X+W*rkd with all other options alike")
-    heights = [len(groups) - len(found) for groups, found in sets.values()]
+    sets = {name: grouped(runs) for name, runs in by_data_set(read_runs(folders, only)).items()}
+    bases = {name: without_rkd(groups) for name, groups in sets.items()}
+    if not any(bases.values()):
+        raise ValueError("no two of these runs are X and X+W*rkd with all other options alike: "
+                         "add the run that is missing")
+    heights = [len(groups) - len(bases[name]) for name, groups in sets.items()]
     figure, axes = new_figure(len(sets), 3, 12, 0.6 + 0.34 * sum(heights) + 0.6 * len(sets),
                               height_ratios=heights, sharex="row", sharey="row")
     rows = []
-    for row, (name, (groups, found)) in zip(axes, sets.items()):
-        draw_pairs(row, groups, {label: base for label, base, _ in found})
+    for row, (name, groups) in zip(axes, sets.items()):
+        draw_pairs(row, groups, bases[name])
         row[0].set_ylabel(name)
-        for label, base, each in found:
-            rows.append([name, f"`{label}` less `{base}`", *map(difference, each.values()),
-                         str(max(map(len, each.values())))])
+        for label, base in bases[name].items():
+            alone = {run.args["seed"]: run.measured for run in groups[base]}
+            both = [(run.measured, alone[run.args["seed"]]) for run in groups[label]
+                    if run.args["seed"] in alone]
+            each = [[a[measure] - b[measure] for a, b in both if measure in a and measure in b]
+                    for measure in MEASURES]
+            rows.append([name, f"`{label}` less `{base}`", *map(difference, each),
+                         str(max(map(len, each)))])
     for place, measure in zip(axes[0], MEASURES.values()):
         place.set_title(measure)
     for place in axes[-1]:
         place.set_xlabel("accuracy, %")
     figure.suptitle("hollow: alone, filled: with rkd (mean ± standard deviation over seeds)",
                     fontsize=10)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out)
     return markdown(["images", "pair", *MEASURES.values(), "n"], rows)
 
 
@@ -356,54 +364,66 @@ def draw_pairs(axes, groups, bases):
         place.grid(axis="x", color="0.9")
         for label, runs in groups.items():
             values = [run.measured[measure] for run in runs if measure in run.measured]
-            y, face = alone.index(bases.get(label, label)), "white"
-            if label in bases:
-                y, face = y + 0.3, "black"
+            y = alone.index(bases.get(label, label)) + 0.3 * (label in bases)
             if values:
                 place.errorbar(statistics.mean(values), y, xerr=deviation(values), fmt="o",
-                               color="black", markerfacecolor=face, capsize=2)
+                               markerfacecolor="black" if label in bases else "white",
+                               color="black", capsize=2)
     axes[0].set_yticks(range(len(alone)), alone)
     axes[0].set_ylim(len(alone) - 0.3, -0.5)
 
 
 # ---- networks and images -------------------------------------------------------------------------
 
-def open_run(folder, data_path=None, teacher_checkpoint=None):
-    """(args, system) of the checkpoint in a run's folder.
+def open_run(folder, data_path=None, teacher_checkpoint=None, sets=None):
+    """(args, system, (train, test)) of the checkpoint in a run's folder.
 
     Paths in the file are not followed: where the images and a given teacher lie is said again.
     """
-    state = read_file(os.path.join(folder, "checkpoint.pt"))
-    args = argparse.Namespace(**state["args"])
+    try:
+        state = read_file(os.path.join(folder, "checkpoint.pt"))
+        args = argparse.Namespace(**state["args"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no checkpoint of a run ({error}): {A_RUN}") from error
     if args.teacher_checkpoint and not teacher_checkpoint:
-        raise ValueError("it was trained with a given teacher: add --teacher-checkpoint FILE")
+        raise ValueError(f"{folder} was trained with a given teacher: "
+                         "add --teacher-checkpoint FILE")
     args.data_path, args.teacher_checkpoint = data_path, teacher_checkpoint
     system = System(args).eval()
     system.load(state)
-    return args, system
+    return args, system, sets or open_sets(args.data, data_path, args.image_size)
 
 
-def open_network(path, options):
-    """A backbone, its name, and how it was trained: of a run's folder, or of a checkpoint."""
+def open_network(path, options, count):
+    """A backbone with its name, and `count` images of the set that it was trained on, or --data."""
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     vit, own = open_backbone(file, options.arch)
-    return SimpleNamespace(name=name_of(path), vit=vit.eval(), size=own["image_size"],
-                           pool=own.get("pool", "cls"), data=options.data or own.get("data"))
+    network = SimpleNamespace(name=Path(path).name, vit=vit.eval(), size=own["image_size"],
+                              pool=own.get("pool", "cls"))
+    if count:
+        sets = open_sets(options.data or own.get("data"), options.data_path, network.size)
+        network.images = test_images(sets, network.size, count)
+    return network
 
 
-def test_images(network, options, count):
-    if not network.data:
-        raise ValueError("it does not say its data: add --data")
-    train, test = load_data(network.data, options.data_path, network.size)
-    return of_each_class(test or train, network.size, count)
+def open_sets(data, path, size):
+    """`load_data`, of a folder where only its path is said."""
+    if path and data in (None, "textures"):
+        data = "folder"
+    if data not in DATASETS:
+        raise ValueError(f"the checkpoint was trained on {str(data)[:40]!r}: add --data, one of "
+                         f"{', '.join(DATASETS)}")
+    return load_data(data, path, size)
 
 
-def of_each_class(data, size, count):
-    """About `count` images (M, 3, S, S): the first of each of at most ten classes, in order."""
+def test_images(sets, size, count):
+    """At most `count` images (M, 3, S, S), by class: the first of each of at most ten classes."""
+    train, test = sets
+    data = test if test and len(test) > 1 else train  # a single image has no distances
     labels = data.labels.unique()[-10:]  # -1, where an image has none, is the first
     each = math.ceil(count / len(labels))
     chosen = torch.cat([(data.labels == label).nonzero().flatten()[:each] for label in labels])
-    return torch.cat([x for x, _ in eval_batches(data, chosen, size, torch.device("cpu"))])
+    return torch.cat([x for x, _ in eval_batches(data, chosen[:count], size, torch.device("cpu"))])
 
 
 def pixels(x):
@@ -411,7 +431,6 @@ def pixels(x):
     return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
 
 
-@torch.no_grad()
 def block_features(network, images):
     """The feature of each image after each block, through the last norm: list of (M, D)."""
     parts = []
@@ -421,9 +440,11 @@ def block_features(network, images):
     return [torch.cat(x) for x in zip(*parts)]
 
 
-def draw_distances(place, distances, title):
-    """A distance matrix as grey levels, its 2 % to 98 %."""
-    low, high = distances[distances > 0].quantile(torch.tensor([0.02, 0.98]))
+def draw_distances(place, points, title):
+    """Distances of points (N, D) as grey levels, from their 2 % to their 98 %."""
+    distances = pairwise_distance(points)
+    apart = distances[distances > 0]
+    low, high = apart.quantile(torch.tensor([0.02, 0.98])) if len(apart) else (0, 1)
     place.imshow(distances, cmap="gray", vmin=low, vmax=high)
     place.set(title=title, xlabel="images, by class", xticks=[], yticks=[])
 
@@ -445,18 +466,17 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, out=None):
 
     Without a teacher, the student's own view of whole images stands in its place.
     """
-    args, system = open_run(folder, data_path, teacher_checkpoint)
-    student = system.student.backbone
-    whole = (system.teacher or system.student).backbone
-    train, test = sets or load_data(args.data, args.data_path, args.image_size)
+    args, system, sets = open_run(folder, data_path, teacher_checkpoint, sets)
+    student, whole = system.student.backbone, (system.teacher or system.student).backbone
+    name = "teacher" if system.teacher else "student, nothing hidden"
 
     def hide(count, key):
         sampler = MASKS.get(args.mask, MASKS["random"])  # attention: drawn at random here
         return sampler(count, student.grid, args.mask_ratio, generator(args.seed, 4, key))
 
-    shown = torch.arange(min(6, len(train)))
+    shown = torch.arange(min(6, len(sets[0])))
     _, weak, strong = next(train_batches(
-        train, [(0, shown)], [(args.image_size, args.crop_scale)] * 2, args.seed,
+        sets[0], [(0, shown)], [(args.image_size, args.crop_scale)] * 2, args.seed,
         torch.device("cpu"), jitter=args.jitter, hue=args.hue))
     hidden = hide(len(shown), 0).view(-1, 1, *student.grid).float()
     hidden = F.interpolate(hidden, args.image_size) > 0
@@ -466,81 +486,65 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, out=None):
     views, left, right = axes[0]
     grid = make_grid(torch.cat([above, below]), nrow=len(shown), padding=1, pad_value=1)
     views.imshow(grid.permute(1, 2, 0))
-    name = "teacher" if system.teacher else "student, nothing hidden"
     views.set(title=f"above: {name}; below: student, another view", xticks=[], yticks=[])
 
-    images = of_each_class(test or train, args.image_size, 80)
-    draw_distances(left, pairwise_distance(pool_tokens(whole(images), args.pool)),
-                   f"distances, {name}")
+    images = test_images(sets, args.image_size, 80)
+    draw_distances(left, pool_tokens(whole(images), args.pool), f"distances, {name}")
     tokens = student(images, hide(len(images), 1), drop=args.hide == "drop")
-    draw_distances(right, pairwise_distance(pool_tokens(tokens, args.pool)),
-                   "distances, student, masked")
-    figure.savefig(out or os.path.join(folder, "masks.png"), dpi=100)
+    draw_distances(right, pool_tokens(tokens, args.pool), "distances, student, masked")
+    figure.savefig(out or os.path.join(folder, "masks.png"))
 
 
 def angles(x):
     """Cosines at all vertices of points (N, D): a flat tensor of the N(N-1)(N-2) triplets."""
-    S, N = squared_distance(x), len(x)
-    inverse = torch.where(S > 0, S, torch.inf).rsqrt()
-    cos = (S[:, :, None] + S[:, None, :] - S) / 2 * inverse[:, :, None] * inverse[:, None, :]
-    j, i, k = torch.meshgrid(*[torch.arange(N)] * 3, indexing="ij")
-    return cos[(i != j) & (k != j) & (i != k)].float()
+    sides = F.normalize(x - x[:, None], dim=2)  # [j, i]: from the vertex j to i
+    apart = ~torch.eye(len(x), dtype=torch.bool)
+    return (sides @ sides.mT)[apart[:, :, None] & apart[:, None] & apart]
 
 
-@torch.no_grad()
 def relations(folders, options):
     """relations.png: of each run, distances of teacher and student by class, and their angles."""
     figure, axes = new_figure(len(folders), 4, 12, 3.2 * len(folders))
     for row, folder in zip(axes, folders):
-        args, system = open_run(folder, options.data_path, options.teacher_checkpoint)
-        network = SimpleNamespace(size=args.image_size, data=args.data)
-        images = test_images(network, options, 80)
-        distances = {}
+        args, system, sets = open_run(folder, options.data_path, options.teacher_checkpoint)
+        images, distances = test_images(sets, args.image_size, 80), []
         for place, name in zip(row, ("student", "teacher") if system.teacher else ("student",)):
             points = pool_tokens(getattr(system, name).backbone(images), args.pool)
-            distances[name] = pairwise_distance(points)
-            draw_distances(place, distances[name], f"distances, {name}")
+            draw_distances(place, points, f"distances, {name}")
+            distances.append(torch.pdist(points))
             counts = angles(points).histc(50, -1, 1)
             row[2].plot(torch.linspace(-1, 1, 50), counts / counts.sum(), label=name)
-        row[0].set_ylabel(name_of(folder))
+        row[0].set_ylabel(Path(folder).name)
         row[2].set(xlabel="cosine of the angle", ylabel="share of the triplets")
-        row[2].legend(fontsize=8)
+        add_legends([row[2]])
         if system.teacher:
-            i, j = torch.triu_indices(len(images), len(images), offset=1)
-            row[3].plot(distances["teacher"][i, j], distances["student"][i, j], ",", color="black")
+            row[3].plot(*reversed(distances), ",", color="black")
             row[3].set(xlabel="distance, teacher", ylabel="distance, student")
     return figure
 
 
-@torch.no_grad()
-def attention(networks, options):
-    """attention.png: of each network, the attention of the last block's CLS, mean of the heads."""
-    def maps(vit, images):
-        x = vit.last_attention(images).mean(1, keepdim=True)  # (M, 1, N)
-        return x.unflatten(2, vit.grid_of(*images.shape[2:]))
-    return over_images(networks, options, maps)
+def attention(vit, images):
+    """The attention of the last block's CLS, mean of the heads: (M, 1, h, w)."""
+    x = vit.last_attention(images).mean(1, keepdim=True)  # (M, 1, N)
+    return x.unflatten(2, vit.grid_of(*images.shape[2:]))
 
 
-@torch.no_grad()
-def pca(networks, options):
-    """pca.png: first three principal components of all patch tokens shown, as red, green, blue."""
-    def colours(vit, images):
-        tokens = vit(images)[:, 1:].flatten(0, 1)
-        x = tokens - tokens.mean(0)
-        x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
-        low, high = x.quantile(0.02, 0), x.quantile(0.98, 0)
-        x = ((x - low) / (high - low)).clamp(0, 1)
-        return x.view(len(images), *vit.grid_of(*images.shape[2:]), 3).permute(0, 3, 1, 2)
-    return over_images(networks, options, colours)
+def pca(vit, images):
+    """First three principal components of all patch tokens, as red, green, blue: (M, 3, h, w)."""
+    tokens = vit(images)[:, 1:].flatten(0, 1)
+    x = tokens - tokens.mean(0)
+    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
+    low, high = x.quantile(0.02, 0), x.quantile(0.98, 0)
+    x = ((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    return x.view(len(images), *vit.grid_of(*images.shape[2:]), 3).permute(0, 3, 1, 2)
 
 
-def over_images(networks, options, picture):
-    """A row of images, then one row per network of `picture(vit, images)` (M, 1 or 3, h, w)."""
-    images = [test_images(network, options, 10)[:10] for network in networks]
-    figure, axes = new_figure(1 + len(networks), len(images[0]), 12, 1.2 * (1 + len(networks)),
+def over_images(picture, networks):
+    """attention.png or pca.png: a row of images, then of each network what `picture` makes."""
+    rows = [("images", pixels(networks[0].images))]
+    rows += [(network.name, picture(network.vit, network.images)) for network in networks]
+    figure, axes = new_figure(len(rows), len(rows[0][1]), 12, 1.2 * len(rows),
                               subplot_kw=dict(xticks=[], yticks=[]))
-    rows = [("images", pixels(images[0]))]
-    rows += [(network.name, picture(network.vit, x)) for network, x in zip(networks, images)]
     for row, (name, pictures) in zip(axes, rows):
         row[0].set_ylabel(name, fontsize=8)
         for place, x in zip(row, pictures):
@@ -576,22 +580,17 @@ def readable(drawn):
     def circle(turns):
         return torch.stack([(2 * math.pi * turns).sin(), (2 * math.pi * turns).cos()], 1)
 
-    columns = dict(zip(FACTORS, drawn.double().T))
-    slope = columns.pop("illumination").unsqueeze(1) * circle(columns.pop("direction"))
+    columns = dict(zip(FACTORS, drawn.double().T.unsqueeze(2)))
+    slope = columns.pop("illumination") * circle(columns.pop("direction")[:, 0])
     for name, x in columns.items():
-        if name == "class":
-            columns[name] = F.one_hot(x.long(), 10).double()
-        else:
-            columns[name] = circle(x) if name.startswith(("hue", "phase")) else x.unsqueeze(1)
+        if name.startswith(("hue", "phase")):
+            columns[name] = circle(x[:, 0])
+    columns["class"] = F.one_hot(columns["class"][:, 0].long(), 10).double()
     return columns | {"illumination": slope}
 
 
-@torch.no_grad()
-def factors(networks, options):
-    """factors.png: R² of each latent factor of the textures, linearly read from each block.
-
-    Factors as in `readable`; the ridge is chosen on a held-out part.
-    """
+def factors(networks):
+    """factors.png: R² of each latent factor of the textures, linearly read from each block."""
     images, _, drawn = textures(4000, 2, networks[0].size)
     x = normalize(unit(images))
     parts = torch.arange(4000).split([2700, 300, 1000])
@@ -610,14 +609,10 @@ def factors(networks, options):
     return figure
 
 
-@torch.no_grad()
-def similarity(networks, options):
+def similarity(networks):
     """similarity.png: linear CKA of each block of each network with all others, on test images."""
-    features, names = [], []
-    for network in networks:
-        blocks = block_features(network, test_images(network, options, 1000))
-        features += blocks
-        names += [f"{network.name}, block {i}" for i in range(1, 1 + len(blocks))]
+    names, features = zip(*[(f"{network.name}, block {i}", x) for network in networks
+                            for i, x in enumerate(block_features(network, network.images), 1)])
     cka = torch.tensor([[1 - cka_loss(a, b).item() for b in features] for a in features])
     figure, axes = new_figure(1, 1, *[2 + 0.5 * len(names)] * 2)
     draw_numbers(axes[0][0], cka, names, names)
@@ -626,43 +621,38 @@ def similarity(networks, options):
     return figure
 
 
-@torch.no_grad()
-def spectrum(networks, options):
+def spectrum(networks):
     """spectrum.png: singular values, effective rank of each block, how unequal the distances are
     (all at 1: no relations are left)."""
     figure, axes = new_figure(1, 3, 13, 4)
     values, ranks, distances = axes[0]
     for network, style in zip(networks, itertools.cycle(STYLES)):
-        features = block_features(network, test_images(network, options, 1000))
+        features = block_features(network, network.images)
         last = features[-1]
         found = torch.linalg.svdvals(last - last.mean(0))
         found = found[found > 1e-4 * found[0]]  # centred and normalised: the last one is 0
-        values.semilogy(found / found[0], style, label=network.name)
+        values.semilogy(found / found[:1], style, label=network.name)
         ranks.plot(range(1, 1 + len(features)), [effective_rank(x) for x in features],
                    "o" + style, label=network.name)
-        density, edges = torch.histogram(relative_distances(last), 60, range=(0, 2.5), density=True)
+        apart = torch.pdist(last)
+        density, edges = (apart / apart.mean()).histogram(60, range=(0, 2.5), density=True)
         distances.plot((edges[1:] + edges[:-1]) / 2, density, style, label=network.name)
     values.set(title="last block", xlabel="index", ylabel="singular value / the largest")
     ranks.set(title="all blocks", xlabel="block", ylabel="effective rank", ylim=(0, None))
     ranks.xaxis.get_major_locator().set_params(integer=True)
     distances.set(title="last block", xlabel="distance between two images / mean distance",
                   ylabel="density")
-    for place in axes[0]:
-        place.legend(fontsize=8)
+    add_legends(axes[0])
     return figure
 
 
-def relative_distances(points):
-    """The N(N-1)/2 distances between points (N, D), over their mean: what RKD-D sees."""
-    i, j = torch.triu_indices(len(points), len(points), offset=1)
-    distances = pairwise_distance(points)[i, j]
-    return distances / distances.mean()
+# pictures of networks, and how many test images each needs
+OF_NETWORKS = dict(attention=(partial(over_images, attention), 10),
+                   pca=(partial(over_images, pca), 10), factors=(factors, 0),
+                   similarity=(similarity, 1000), spectrum=(spectrum, 1000))
 
 
-OF_NETWORKS = dict(attention=attention, pca=pca, factors=factors, similarity=similarity,
-                   spectrum=spectrum)
-
-
+@torch.no_grad()
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -671,18 +661,17 @@ def main():
     add("folder", nargs="+", help="--out-dir of a run, a .jsonl file, or a checkpoint (see above)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="runs of a .jsonl file by name")
     add("--out", help="file of the picture; default: NAME.png in the first folder")
-    add("--x", default="step", choices=["step", "images", "seconds"], help="curves: against what")
-    add("--data", help="of checkpoints that do not say theirs")
+    add("--data", choices=DATASETS, help="of checkpoints that do not say theirs")
     add("--data-path", help="where the images are; a path in a checkpoint is never followed")
     add("--teacher-checkpoint", help="where the given teacher of a run is")
-    add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
+    add("--arch", choices=ARCHS, help="of weights that do not say theirs")
     options = parser.parse_args()
     folders, name, only = options.folder, options.figure, options.only
     place = folders[0] if os.path.isdir(folders[0]) else os.path.dirname(folders[0])
     out = options.out or os.path.join(place, f"{name}.png")
     try:
         if name == "curves":
-            curves(folders, out, options.x, only)
+            curves(folders, out, only)
         elif name == "table":
             print(table(folders, only))
         elif name == "pairs":
@@ -692,13 +681,14 @@ def main():
         elif name == "masks":
             masks(folders[0], options.data_path, options.teacher_checkpoint, out=out)
         elif name == "relations":
-            relations(folders, options).savefig(out, dpi=100)
+            relations(folders, options).savefig(out)
         else:
-            networks = [open_network(path, options) for path in folders]
-            OF_NETWORKS[name](networks, options).savefig(out, dpi=100)
-    except Exception as error:  # whatever is in that folder
-        parser.error(f"{folders[0]}: no {name} from it ({type(error).__name__}: "
-                     f"{str(error)[:300]}); give the --out-dir of a finished run of train.py")
+            draw, count = OF_NETWORKS[name]
+            draw([open_network(path, options, count) for path in folders]).savefig(out)
+    except ValueError as error:
+        parser.error(f"no {name}: {error}")
+    except OSError as error:
+        parser.error(f"no {name}: {error}; name a file that can be written with --out")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     pytest tests/test_analyze.py
 """
 import json
+import re
 import sys
 
 import pytest
@@ -12,17 +13,15 @@ from torch.testing import assert_close
 
 import analyze
 from conftest import call, write_textures
-from model import VisionTransformer
 
 
 def cloud(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_angles_and_relative_distances_of_the_3_4_5_triangle():
+def test_angles_of_the_3_4_5_triangle():
     x = torch.tensor([[0., 0], [3, 0], [0, 4]])  # each angle is seen from both sides
     assert_close(analyze.angles(x).sort().values, torch.tensor([0, 0, 0.6, 0.6, 0.8, 0.8]))
-    assert_close(analyze.relative_distances(x), torch.tensor([0.75, 1.0, 1.25]))  # over 4
 
 
 def test_ridge_reads_what_is_linear_half_of_what_is_half_noise_and_no_noise():
@@ -63,7 +62,9 @@ def test_the_table_has_mean_and_deviation_of_the_evaluations_else_of_the_logs_la
             for seed in (0, 1)]
     runs.append(write_run(tmp_path, (30, 35, 45), mask_ratio=0.0))
     with open(runs[0] / "log.jsonl", "a") as file:
-        file.write('{"step": 6, "knn_t')  # a line that was cut is left out
+        file.write('12\n[3]\n"x"\n{"knn_top1": 9.0}\n{"step": 6, "knn_t')  # no rows of a log
+    (runs[0] / "evals.jsonl").write_bytes(b"\xff\n   k   held out\n  20     51.00\n12\n"
+                                          + (runs[0] / "evals.jsonl").read_bytes())
     found, other = rows_of(runs)
     assert found["run"] == "`rkd`" and found["n"] == "2" and found["mask"] == "random, 75%"
     assert found["k-NN, %"] == "54.0 ± 4.2" and found["linear, %"] == "62.0 ± 2.8"
@@ -85,7 +86,7 @@ def test_what_differs_among_runs_is_in_their_names_but_an_option_of_rkd_not_with
 def test_curves_take_mean_and_deviation_of_the_steps_that_all_seeds_have(tmp_path):
     runs = [write_run(tmp_path, knn, seed=knn[1]) for knn in ((30, 40, 50), (30, 44, 56, 90))]
     [group] = analyze.grouped(analyze.read_runs(runs)).values()
-    found = analyze.over_seeds(group, "step", "knn_top1")
+    found = analyze.over_seeds(group, "knn_top1")
     assert found == ([0, 2, 4], [30, 42, 53], pytest.approx([0, 8 ** 0.5, 18 ** 0.5]))
 
 
@@ -178,3 +179,50 @@ def test_weights_that_do_not_say_their_data_ask_for_it(trained, tmp_path, monkey
     assert end.value.code == 2 and "add --data" in capsys.readouterr().err
     draw(monkeypatch, "pca", tmp_path / "weights.pt", "--data", "folder", *trained[1:])
     assert (tmp_path / "pca.png").exists()  # beside the weights
+
+
+@pytest.mark.parametrize("kind, tests, names", [
+    ("one test image", 1, "masks relations similarity spectrum"),
+    ("equal images", 5, "masks relations attention pca similarity spectrum"),
+    ("no test set", 0, "masks pca")])
+def test_each_picture_is_drawn_of_odd_data(kind, tests, names, trained, tmp_path, monkeypatch):
+    write_textures(tmp_path, 20, tests)
+    for path in tmp_path.rglob("*.png") if kind == "equal images" else ():
+        Image.new("RGB", (32, 32), "teal").save(path)
+    for name in names.split():
+        draw(monkeypatch, name, trained[0], "--data-path", tmp_path)
+        assert (trained[0] / f"{name}.png").stat().st_size > 2000
+
+
+def test_curves_without_a_test_set_name_all_groups(tmp_path, monkeypatch):
+    legends = []
+    monkeypatch.setattr("matplotlib.figure.Figure.legend",
+                        lambda figure, lines, labels, **_: legends.extend(labels))
+    runs = [write_run(tmp_path, loss=loss) for loss in ("dino", "rkd")]
+    for run in runs:
+        (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+        analyze.curves(run)
+    analyze.curves(runs)
+    assert legends == ["dino (n = 1)", "rkd (n = 1)"]
+
+
+@pytest.mark.parametrize("words, says", [
+    ("curves {run} --out {run}/none/x.png", ["none/x.png", "name a file .* with --out"]),
+    ("curves {run}/none", ["none", "--out-dir of a finished run"]),
+    ("table {run}/args.json", ["args.json", "finished run .* or study/runs.jsonl"]),
+    ("pairs {run} --out x.png", [r"X\+W\*rkd"]),
+    ("masks {run}", ["no such file", "--out-dir of a finished run"]),
+    ("pca {run}/args.json", ["no checkpoint", "take one written by"])])
+def test_each_error_says_its_own_way_out(words, says, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        draw(monkeypatch, *words.format(run=write_run(tmp_path)).split())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(re.search(text, error) for text in says), error
+    assert ("finished run" in error) == ("finished run" in says[-1])
+
+
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        analyze.curves(write_run(tmp_path))
