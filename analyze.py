@@ -46,8 +46,8 @@ from weights import open_backbone, read_file
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 STYLES = ["-", "--", ":", "-."]
 # options that do not make another system, and those of rkd alone
-NOT_THE_SYSTEM = set("recipe data_path workers device compile out_dir resume save_every log_every "
-                     "eval_every timeout seed".split())
+NOT_THE_SYSTEM = set("recipe data_path data_fingerprint workers device compile out_dir resume "
+                     "save_every log_every eval_every timeout seed".split())
 OF_RKD = set("distance_weight distance_power angle_weight pull_weight patch_weight head".split())
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
@@ -146,12 +146,18 @@ def keep(runs, path):
 
 
 def by_data_set(runs):
-    """{name of the images: runs on them}."""
-    sets = {}
+    """{name of the images: runs on them}; two folders of one name are told apart."""
+    sets, names = {}, {}
     for run in runs:
-        folder = run.args["data_path"] if run.args["data"] == "folder" else None
-        sets.setdefault(Path(folder).name if folder else run.args["data"], []).append(run)
-    return sets
+        name = key = run.args["data"]
+        if name == "folder" and run.args["data_path"]:
+            name = Path(run.args["data_path"]).name
+            key = run.args.get("data_fingerprint") or name
+        names.setdefault(key, name)
+        sets.setdefault(key, []).append(run)
+    alike = list(names.values())
+    return {f"{name} {key[-6:]}" if alike.count(name) > 1 and key != name else name: sets[key]
+            for key, name in names.items()}
 
 
 def system_of(run):

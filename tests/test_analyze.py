@@ -113,6 +113,21 @@ def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
         analyze.table(runs)
 
 
+@pytest.mark.parametrize("first, second, names", [
+    (("a/images", "11aa"), ("b/images/", "22bb"), ["images 11aa", "images 22bb"]),
+    (("a/images", "11aa"), ("b/moved", "11aa"), ["images"]),
+    (("a/images", None), ("b/images", "22bb"), ["images", "images 22bb"]),
+    (("a/images", None), ("b/images", None), ["images"])])
+def test_folders_are_told_apart_by_fingerprint_which_makes_no_other_system(first, second, names,
+                                                                           tmp_path):
+    paths = [write_run(tmp_path, data="folder", data_path=path, data_fingerprint=own, seed=seed)
+             for seed, (path, own) in enumerate((first, second))]
+    runs = analyze.read_runs(paths)
+    assert list(analyze.by_data_set(runs)) == names
+    if len(names) == 1:
+        assert len(analyze.grouped(runs)) == 1
+
+
 def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_path):
     table = {"+4.5 ± 0.7": [4.0, 5.0],              # t = 9.0, needed 12.71
              "**+4.2 ± 0.4**": [4.0, 4.5],          # t = 17
@@ -132,13 +147,14 @@ def test_a_kept_run_is_one_line_of_about_20_rows_and_has_the_table_of_its_folder
     with open(runs[0] / "log.jsonl", "a") as file:
         file.writelines(json.dumps(dict(step=200 + i, effective_rank=float(i))) + "\n"
                         for i in range(100))
-    other = write_run(tmp_path, (5,), loss="rkd")
+    other = write_run(tmp_path, (5,), loss="rkd", data_fingerprint="11aa")
     study, defaults = tmp_path / "runs.jsonl", json.loads((runs[0] / "args.json").read_text())
     study.write_text(json.dumps(dict(defaults=defaults | dict(lr=0.1))) + "\n")
     analyze.keep(analyze.read_runs([*runs, other]), study)
-    _, first, second, _ = map(json.loads, study.read_text().splitlines())
+    _, first, second, third = map(json.loads, study.read_text().splitlines())
     assert 15 < len(first["rows"]) < 25
     assert first["options"] == dict(lr=0.5) and second["options"] == dict(lr=0.5, seed=1)
+    assert third["options"] == dict(loss="rkd", data_fingerprint="11aa")
     assert analyze.table([study], ["run0", "run1"]) == analyze.table(runs)
     with pytest.raises(ValueError, match="run9"):
         analyze.table([study], ["run9"])
