@@ -401,9 +401,14 @@ def open_run(folder, data_path=None, teacher_checkpoint=None, sets=None):
 
 
 def open_network(path, options, count):
-    """A backbone with its name, and `count` images of the set that it was trained on, or --data."""
+    """A backbone with its name, and `count` images of the set that it was trained on, or --data.
+
+    --arch is for files that do not say theirs, so that one picture can show own and foreign ones.
+    """
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    vit, own = open_backbone(file, options.arch)
+    said = read_file(file).get("args")
+    ours = isinstance(said, dict) and {"arch", "patch_size", "image_size"} <= set(said)
+    vit, own = open_backbone(file, None if ours else options.arch)
     network = SimpleNamespace(name=Path(path).name, vit=vit.eval(), size=own["image_size"],
                               pool=own.get("pool", "cls"))
     if count:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import analyze
 from conftest import call, write_textures
+from model import VisionTransformer
 
 
 def cloud(*shape, seed=0):
@@ -195,6 +196,15 @@ def test_weights_that_do_not_say_their_data_ask_for_it(trained, tmp_path, monkey
     assert end.value.code == 2 and "add --data" in capsys.readouterr().err
     draw(monkeypatch, "pca", tmp_path / "weights.pt", "--data", "folder", *trained[1:])
     assert (tmp_path / "pca.png").exists()  # beside the weights
+
+
+def test_one_picture_of_an_own_and_a_foreign_network_takes_arch_for_the_foreign(
+        trained, tmp_path, monkeypatch):
+    foreign = VisionTransformer(image_size=32, patch_size=16, embed_dim=192, num_heads=3)
+    torch.save(foreign.state_dict(), tmp_path / "foreign.pt")
+    draw(monkeypatch, "pca", trained[0], tmp_path / "foreign.pt", "--arch", "vit_tiny",
+         "--data", "folder", *trained[1:], "--out", tmp_path / "both.png")
+    assert (tmp_path / "both.png").exists()
 
 
 @pytest.mark.parametrize("kind, tests, names", [
