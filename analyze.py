@@ -25,6 +25,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -677,6 +678,7 @@ def main():
     add("--teacher-checkpoint", help="where the given teacher of a run is")
     add("--arch", choices=ARCHS, help="of weights that do not say theirs")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without → or ±
     folders, name, only = options.folder, options.figure, options.only
     place = folders[0] if os.path.isdir(folders[0]) else os.path.dirname(folders[0])
     out = options.out or os.path.join(place, f"{name}.png")

@@ -2,6 +2,7 @@
 
     pytest tests/test_analyze.py
 """
+import io
 import json
 import re
 import sys
@@ -230,6 +231,15 @@ def test_curves_without_a_test_set_name_all_groups(tmp_path, monkeypatch):
         analyze.curves(run)
     analyze.curves(runs)
     assert legends == ["dino (n = 1)", "rkd (n = 1)"]
+
+
+def test_a_table_is_printed_by_a_terminal_that_lacks_its_characters(tmp_path, monkeypatch):
+    for encoding, arrow in dict(ascii=b"\\u2192", cp1252=b"\\u2192", utf8="→".encode()).items():
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        draw(monkeypatch, "table", write_run(tmp_path))
+        out.flush()
+        assert arrow in out.buffer.getvalue()
 
 
 @pytest.mark.parametrize("words, says", [
