@@ -718,8 +718,9 @@ def main():
 
         # -- resume
         args.data_fingerprint = fingerprint(train_set)
-        images = args.data if args.data != "folder" else analyze.name_of(args.data_path)
-        args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{images}"
+        name = os.path.abspath(args.data_path) if args.data == "folder" else args.data
+        args.out_dir = args.out_dir or (
+            f"runs/{args.loss.replace('*', 'x')}-{os.path.basename(name)}")
         start, skipped, row = resume(args, system, optimizer, train_set)
         for other, seen in enumerate(all_gather((start, len(train_set)))):
             if seen != (start, len(train_set)):

@@ -20,7 +20,8 @@ from torch.testing import assert_close
 
 import objectives
 import train
-from conftest import FORKS, assert_same_run, call, rows_of, state_of, tensors
+from conftest import (FORKS, assert_same_run, call, rows_of, state_of, tensors,
+                      write_textures)
 
 torch.set_num_threads(1)
 
@@ -193,7 +194,7 @@ def test_pictures_cannot_make_a_finished_run_fail(name, base, whole, tmp_path, c
         patch.setattr(train.analyze, "masks", lambda *_: None)
         patch.setattr(train.analyze, "curves", lambda *_: None)
         patch.setattr(train.analyze, name, broken)
-        assert conftest.call(*base, "--out-dir", tmp_path / "run") == 0
+        assert call(*base, "--out-dir", tmp_path / "run") == 0
     assert "matplotlib" in capsys.readouterr().err
 
 
@@ -238,7 +239,7 @@ def test_a_folder_belongs_to_one_run_at_a_time_and_is_free_when_that_is_killed(
 def test_a_run_belongs_to_its_images_wherever_they_lie(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     places, base = [tmp_path / name / "images" for name in "abc"], base[4:]
-    conftest.write_textures(places[0], 40, 20)
+    write_textures(places[0], 40, 20)
     shutil.copytree(places[0], places[1])
     shutil.copytree(places[0], places[2])
     moved = next((places[2] / "train" / "class0").iterdir())
@@ -248,7 +249,7 @@ def test_a_run_belongs_to_its_images_wherever_they_lie(base, tmp_path, monkeypat
             for name in ("masks", "curves"):
                 patch.setattr(train.analyze, name, lambda *_: None)
             try:
-                return conftest.call(*base, "--data-path", place, *more)
+                return call(*base, "--data-path", place, *more)
             except SystemExit as end:
                 return end.code
     assert train_on(places[0], "--max-steps", 2) == 0
