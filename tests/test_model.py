@@ -1,4 +1,4 @@
-"""The Vision Transformer against its equations: masks, positions, heads, decoder, EMA, drop path."""
+"""The Vision Transformer against its equations: masks, positions, heads, decoder, EMA, depth."""
 import pytest
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Weights: every published layout is read, strictly; a bad file is one clear error; timm's export."""
+"""Weights: every published layout is read, strictly; a bad file is one error; the export."""
 import argparse
 import json
 import os
