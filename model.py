@@ -11,7 +11,8 @@ Hidden patches (masking.py: bool (B, N), True = hidden) either become the `mask_
 in for their pixels and keeps their position, or are dropped, which at 75 % costs a quarter. The
 teacher is the student's moving average (`ema_update`; Tarvainen & Valpola 2017, arXiv 1703.01780).
 What stands on a backbone is here too: projection heads, prototypes, the decoder of masked
-prediction. Left out: LayerScale, relative positions, registers, other norms.
+prediction. LayerScale and registers are there for the weights of others (DINOv2) and off in our own
+networks. Left out: relative and rotary positions, gated MLPs, other norms.
 
 Letters: B images, N patches, V visible patches, D width, H heads, P patch size in pixels.
 """
@@ -111,13 +112,26 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each dimension of a branch, small at first (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    def __init__(self, dim, num_heads, mlp_ratio, drop_path):
+    def __init__(self, dim, num_heads, mlp_ratio, drop_path, layer_scale=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
     def skip(self, x):
@@ -129,8 +143,8 @@ class Block(nn.Module):
 
     def forward(self, x, cls_only=False):
         """(B, N, D) -> the same; of the first token alone (B, 1, D) at the price of one query."""
-        x = (x[:, :1] if cls_only else x) + self.skip(self.attn(self.norm1(x), cls_only))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = (x[:, :1] if cls_only else x) + self.skip(self.ls1(self.attn(self.norm1(x), cls_only)))
+        return x + self.skip(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -138,22 +152,30 @@ class VisionTransformer(nn.Module):
 
     Any image whose sides the patch size divides will do: where its grid is not the one that the
     model was built for, `pos_embed` is interpolated (bicubic) to that very grid, square or not.
+    With `layer_scale` it is antialiased, as in timm and in DINOv2 with registers; else not, as in
+    DINO and iBOT (whose scale is 0.1 patches off). `registers`: so many tokens more for the blocks
+    to write to (arXiv 2309.16588), without positions, last, and not among the tokens returned.
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
-                 mlp_ratio=4, drop_path=0.0, conv_stem=False, fixed_pos=False):
+                 mlp_ratio=4, drop_path=0.0, conv_stem=False, fixed_pos=False, layer_scale=False,
+                 registers=0):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}")
         self.patch_size, self.embed_dim, self.num_heads = patch_size, embed_dim, num_heads
+        self.layer_scale, self.registers = layer_scale, registers
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.grid = self.grid_of(height, width)
         self.patch_embed = PatchEmbed(patch_size, embed_dim, conv_stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        if registers:
+            self.reg_token = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02)
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
@@ -175,7 +197,8 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls, patches = self.pos_embed.float().split([1, self.pos_embed.shape[1] - 1], 1)
         patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, size=grid, mode="bicubic")  # a factor would mis-round
+        patches = F.interpolate(patches, size=grid, mode="bicubic",  # a factor would mis-round
+                                antialias=self.layer_scale)
         return torch.cat([cls, patches.flatten(2).mT], 1)
 
     def embed(self, images, mask=None, drop=False):
@@ -202,7 +225,10 @@ class VisionTransformer(nn.Module):
                 mask = mask.to(images.device, non_blocking=True)
                 x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
             x = x + pos[:, 1:]
-        return torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1), x], 1)
+        tokens = [(self.cls_token + pos[:, :1]).expand(B, -1, -1), x]
+        if self.registers:
+            tokens.append(self.reg_token.expand(B, -1, -1))
+        return torch.cat(tokens, 1)
 
     def forward(self, images, mask=None, drop=False, norm=True, cls_only=False):
         """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D).
@@ -212,7 +238,7 @@ class VisionTransformer(nn.Module):
         x = self.embed(images, mask, drop)
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, cls_only)
+        x = self.blocks[-1](x, cls_only)[:, :x.shape[1] - self.registers]
         return self.norm(x) if norm else x
 
     def last_blocks(self, images, n):
@@ -220,7 +246,7 @@ class VisionTransformer(nn.Module):
         x, out = self.embed(images), []
         for block in self.blocks:
             x = block(x)
-            out.append(x)
+            out.append(x[:, :x.shape[1] - self.registers])
         return [self.norm(x) for x in out[-n:]]
 
     def last_attention(self, images):
@@ -228,7 +254,8 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))[:, :, 0, 1:]
+        weights = self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+        return weights[:, :, 0, 1:x.shape[1] - self.registers]
 
 
 def init_linear(module):
@@ -331,8 +358,8 @@ def pool_tokens(tokens, pool):
     return torch.cat([makers[name]() for name in pool.split("+")], 1)
 
 
-# name -> constructor; tiny, small and base are DeiT's, small_12heads is MoCo v3's ViT-S, micro and
-# mini are for images of 32 pixels
+# name -> constructor; tiny, small and base are DeiT's, small_12heads is MoCo v3's ViT-S, large and
+# huge are the ViT paper's, micro and mini are for images of 32 pixels
 ARCHS = dict(
     vit_micro=partial(VisionTransformer, embed_dim=64, depth=2, num_heads=2, conv_stem=True),
     vit_mini=partial(VisionTransformer, embed_dim=128, depth=4, num_heads=4, conv_stem=True),
@@ -340,4 +367,6 @@ ARCHS = dict(
     vit_small=partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6),
     vit_small_12heads=partial(VisionTransformer, embed_dim=384, depth=12, num_heads=12),
     vit_base=partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+    vit_large=partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16),
+    vit_huge=partial(VisionTransformer, embed_dim=1280, depth=32, num_heads=16),
 )

@@ -10,6 +10,8 @@ from model import (ARCHS, Block, Decoder, PatchEmbed, VisionTransformer, ema_upd
                    sincos_positions)
 
 D, N = 32, 16  # width, and patches of a 16 x 16 image
+EXTRAS = dict(layer_scale=True, registers=3)
+extras = pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["plain", "extras"])
 stems = pytest.mark.parametrize("conv_stem", [False, True], ids=["plain", "conv_stem"])
 
 
@@ -76,22 +78,38 @@ def test_vit_is_cls_and_convolved_patches_plus_positions_through_blocks_and_norm
     assert_close(vit(IMAGES), layer_norm(x, [D], vit.norm.weight, vit.norm.bias, eps=1e-6))
 
 
+@pytest.mark.parametrize("registers", [1, 3])
+def test_layer_scale_weighs_both_branches_and_registers_are_tokens_that_are_not_returned(registers):
+    vit = small(layer_scale=True, registers=registers)
+    x = vit.embed(IMAGES)
+    assert_close(x, torch.cat([x[:, :1 + N], vit.reg_token.expand(2, -1, -1)], 1))  # no position
+    for block in vit.blocks:
+        x = x + block.ls1.gamma * block.attn(block.norm1(x))
+        x = x + block.ls2.gamma * block.mlp(block.norm2(x))
+    assert_close(vit(IMAGES), vit.norm(x)[:, :1 + N])
+    other = small(layer_scale=True, registers=registers)
+    other.reg_token.data.neg_()
+    assert (other(IMAGES) - vit(IMAGES)).abs().amax(-1).min() > 1e-3  # each token sees them
+
+
+@extras
 @pytest.mark.parametrize("options", [{}, dict(norm=False), dict(mask=MASK, drop=True)])
-def test_cls_only_gives_the_cls_of_the_full_forward_and_its_gradients(options):
-    vit, images = small().double(), IMAGES.double()
+def test_cls_only_gives_the_cls_of_the_full_forward_and_its_gradients(options, extras):
+    vit, images = small(**extras).double(), IMAGES.double()
     both = vit(images, **options, cls_only=True), vit(images, **options)[:, :1]
     assert_close(*both)
     assert_close(*(torch.autograd.grad(x.square().sum(), [*vit.parameters()], allow_unused=True)
                    for x in both))
 
 
-def test_last_blocks_pass_the_norm_and_last_attention_is_from_cls_to_the_patches():
-    vit = small()
+@extras
+def test_last_blocks_pass_the_norm_and_last_attention_is_from_cls_to_the_patches(extras):
+    vit = small(**extras)
     x = vit.blocks[0](vit.embed(IMAGES))
-    assert_close(vit.last_blocks(IMAGES, 2), [vit.norm(x), vit(IMAGES)])
+    assert_close(vit.last_blocks(IMAGES, 2), [vit.norm(x)[:, :1 + N], vit(IMAGES)])
     assert_close(vit.last_blocks(IMAGES, 1), [vit(IMAGES)])
     maps = vit.blocks[1].attn.weights(vit.blocks[1].norm1(x))  # (B, H, 1 + N, 1 + N)
-    assert_close(vit.last_attention(IMAGES), maps[:, :, 0, 1:])
+    assert_close(vit.last_attention(IMAGES), maps[:, :, 0, 1:1 + N])
 
 
 @stems
@@ -104,10 +122,11 @@ def test_a_token_depends_on_the_pixels_of_its_own_patch_alone(conv_stem):
 
 # ---------- masks ----------
 
+@extras
 @stems
 @pytest.mark.parametrize("drop", [False, True], ids=["mask_token", "dropped"])
-def test_the_output_depends_on_all_visible_pixels_and_on_no_hidden_one(conv_stem, drop):
-    vit, images = small(conv_stem=conv_stem), IMAGES.clone().requires_grad_()
+def test_the_output_depends_on_all_visible_pixels_and_on_no_hidden_one(conv_stem, drop, extras):
+    vit, images = small(conv_stem=conv_stem, **extras), IMAGES.clone().requires_grad_()
     out = vit(images, MASK, drop=drop)
     out.pow(3).sum().backward()
     assert images.grad.eq(0).equal(pixels(MASK))
@@ -124,22 +143,24 @@ def test_a_hidden_patch_becomes_the_mask_token_plus_its_own_position():
     assert_close(vit.embed(IMAGES, MASK), expected)
 
 
-def test_dropping_equals_encoding_the_visible_tokens_alone():
-    vit = small()
+@extras
+def test_dropping_equals_encoding_the_visible_tokens_alone(extras):
+    vit = small(**extras)
     for b in range(2):
         visible = [0] + [1 + n for n in range(N) if not MASK[b, n]]  # CLS and the others, in order
-        x = vit.embed(IMAGES[b:b + 1])[:, visible]
-        expected = vit.norm(vit.blocks[1](vit.blocks[0](x)))[0]
+        x = vit.embed(IMAGES[b:b + 1])[:, visible + [1 + N + n for n in range(vit.registers)]]
+        expected = vit.norm(vit.blocks[1](vit.blocks[0](x)))[0, :11]
         assert_close(vit(IMAGES, MASK, drop=True)[b], expected)
     assert vit(IMAGES, hide(range(N), range(N)), drop=True).shape == (2, 1, D)  # CLS is left
 
 
 # ---------- positions and image sizes ----------
 
-def test_positions_are_interpolated_over_the_grid_and_cls_keeps_its_own():
-    vit = small(image_size=(12, 20))  # 3 x 5 patches
+@pytest.mark.parametrize("antialias", [False, True])
+def test_positions_are_interpolated_over_the_grid_and_cls_keeps_its_own(antialias):
+    vit = small(image_size=(12, 20), layer_scale=antialias)  # 3 x 5 patches
     grid = vit.pos_embed[0, 1:].T.reshape(1, D, 3, 5)
-    expected = interpolate(grid, size=(6, 4), mode="bicubic")[0].flatten(1).T
+    expected = interpolate(grid, size=(6, 4), mode="bicubic", antialias=antialias)[0].flatten(1).T
     assert_close(vit.positions((6, 4))[0, 1:], expected)
     assert vit.positions((6, 4))[0, 0].equal(vit.pos_embed[0, 0])
     assert vit.positions((3, 5)).equal(vit.pos_embed)
@@ -204,18 +225,23 @@ def test_parameter_names_are_timms_and_a_mask_token():
     expected = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     expected += ["cls_token", "mask_token", "pos_embed"]
     assert sorted(ARCHS["vit_tiny"]().state_dict()) == sorted(expected)
+    expected += [f"blocks.{n}.{x}.gamma" for n in range(12) for x in ("ls1", "ls2")] + ["reg_token"]
+    assert sorted(ARCHS["vit_tiny"](**EXTRAS).state_dict()) == sorted(expected)
 
 
 @pytest.mark.parametrize("arch, width, depth, heads, timm", [
     ("vit_micro", 64, 2, 2, None), ("vit_mini", 128, 4, 4, None), ("vit_tiny", 192, 12, 3, 5524416),
     ("vit_small", 384, 12, 6, 21665664), ("vit_small_12heads", 384, 12, 12, 21665664),
-    ("vit_base", 768, 12, 12, 85798656)])
+    ("vit_base", 768, 12, 12, 85798656), ("vit_large", 1024, 24, 16, 303301632),
+    ("vit_huge", 1280, 32, 16, 630918400)])
 def test_archs_have_their_sizes_and_timms_number_of_parameters(arch, width, depth, heads, timm):
-    vit = ARCHS[arch](image_size=224, patch_size=16)
-    found = vit.embed_dim, len(vit.blocks), vit.num_heads, vit.blocks[-1].attn.num_heads
+    vit = ARCHS[arch](image_size=224, patch_size=16, depth=2)  # the others are like the second
+    blocks = ARCHS[arch].keywords["depth"]
+    found = vit.embed_dim, blocks, vit.num_heads, vit.blocks[-1].attn.num_heads
     assert found == (width, depth, heads, heads)
     assert hasattr(vit.patch_embed, "stem") == (timm is None)
-    assert timm in (None, sum(x.numel() for x in vit.parameters()) - width)  # less the mask token
+    inner, all_of_two = (sum(x.numel() for x in y.parameters()) for y in (vit.blocks[1], vit))
+    assert timm in (None, all_of_two + (blocks - 2) * inner - width)  # less the mask token
 
 
 # ---------- moving average and stochastic depth ----------
