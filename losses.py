@@ -51,7 +51,7 @@ def pairwise_distance(x):
     """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
 
     Blind to shifts and rotations. The gradient is finite everywhere: 0 for rows that coincide,
-    where the square root has no slope. O(N²) memory.
+    where the square root has no slope. O(N²) memory. Needs `squared_distance`.
     """
     return PairwiseDistance.apply(x)
 
@@ -87,6 +87,7 @@ def rkd_distance_loss(student, teacher, power=1.0):
     shift, rotation and scale of either side. N < 2 raises ValueError.
     `power` (ours): the teacher's distances are raised to it first. Above 1 they are sharpened, at 0
     all are equal: the control that asks a student to spread its points, and knows no teacher.
+    Needs `check_points`, `pairwise_distance`, `squared_distance`.
     """
     check_points(student, teacher, 2)
     N = student.shape[-2]
@@ -113,6 +114,7 @@ def rkd_angle_loss(student, teacher, vertices=None):
     0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
     `vertices`, a slice: only the triplets with such a vertex j; the mean over equal parts is the
     whole, so that processes can share the work. N < 3 raises ValueError.
+    Needs `check_points`, `squared_distance`, `AngleHuber`.
     """
     check_points(student, teacher, 3)
 
@@ -131,7 +133,7 @@ def pull_loss(student, teacher):
     """Mean |s - t|² between the directions of two views of an image: (N, D), (N, D) -> scalar.
 
     Directions from the centre of the batch: seen from the origin, a large common offset would
-    satisfy the pull at no cost, as relations do not see one. 2 for unrelated views, 0 for equal.
+    satisfy the pull at no cost. 2 for unrelated views, 0 for equal ones. Needs `check_pairs`.
     """
     check_pairs(student, teacher, 2)
     s, t = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (student, teacher.detach()))
@@ -203,7 +205,7 @@ def cka_loss(student, teacher):
     """1 - linear CKA (Kornblith et al. 2019, arXiv 1905.00414): (N, Ds), (N, Dt) -> scalar.
 
     K = X Xᵀ of centred points;  CKA = <K_s, K_t> / (|K_s| |K_t|). Between 0 and 1; blind to shift,
-    rotation and scale of either side, as the relations above, but one number for all pairs at once.
+    rotation and scale of either side, like those above, of all pairs at once. Needs `check_points`.
     """
     check_points(student, teacher, 2, sets=False)
 
@@ -219,7 +221,7 @@ def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.
     """Sharpened similarities (ReSSL: Zheng et al. 2021, arXiv 2107.09282): (N, Ds), (N, Dt).
 
     p_i = softmax over j != i of cos(x_i, x_j) / temperature;  mean over i of KL(p_i of the teacher
-    || p_i of the student). The others of the batch, each network's own, stand for ReSSL's queue.
+    || p_i of the student). The batch stands for ReSSL's queue. Needs `check_points`, `cosines`.
     """
     check_points(student, teacher, 3, sets=False)
 
@@ -245,7 +247,7 @@ def info_nce_loss(query, key, temperature):
     """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4): (N, D), (N, D) -> scalar.
 
     -log exp(q_i·k_i / temperature) / sum over j of exp(q_i·k_j / temperature), rows normalised
-    here, mean over i. log N when all keys look alike. No gradient to the keys.
+    here, mean over i. log N if all look alike. No gradient to keys. Needs `check_pairs`, `cosines`.
     """
     check_pairs(query, key, 2)
     logits = cosines(query, key.detach()) / temperature
@@ -256,7 +258,7 @@ def nt_xent_loss(a, b, temperature):
     """NT-Xent (SimCLR: Chen et al. 2020, arXiv 2002.05709, eq. 1): (N, D), (N, D) -> scalar.
 
     InfoNCE of 2N views among each other: the positive of a view is the other view of its image, the
-    negatives are the 2N - 2 views of other images. log(2N - 1) when all look alike.
+    negatives: 2N - 2 views of others. log(2N - 1) if all are alike. Needs `check_pairs`, `cosines`.
     """
     check_pairs(a, b, 2)
     views = torch.cat([a, b])
@@ -268,7 +270,7 @@ def nt_xent_loss(a, b, temperature):
 # ---- self-distillation: what would the teacher say? --------------------------------------------
 
 def byol_loss(prediction, target):
-    """Mean of |p̂ - ẑ|² = 2 - 2 cos(p, z) (BYOL: Grill et al. 2020, arXiv 2006.07733, eq. 2)."""
+    """Mean 2 - 2 cos(p, z) (Grill et al. 2020, arXiv 2006.07733, eq. 2). Needs `check_pairs`."""
     check_pairs(prediction, target, 1)
     p, z = F.normalize(prediction.float(), dim=-1), F.normalize(target.detach().float(), dim=-1)
     return 2 - 2 * (p * z).sum(-1).mean()
@@ -293,7 +295,7 @@ def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
     Cross-entropy of softmax(student / student_temperature) against
     softmax((teacher - center) / teacher_temperature), mean over N. log K for uniform prototypes;
     the low teacher temperature sharpens, the centre (`move_center`) keeps one prototype from
-    taking all.
+    taking all. Needs `soft_cross_entropy`.
     """
     return soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                               teacher_temperature).mean()
@@ -310,6 +312,7 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
 
     DINO's cross-entropy at the hidden patches: mean over those of an image, then over the images;
     one that hides nothing counts 0. Logits (B, N, K), or of the hidden patches alone (M, K).
+    Needs `hidden_rows`, `soft_cross_entropy`.
     """
     student, teacher = (hidden_rows(x, mask) for x in (student_logits, teacher_logits))
     weight = mask / (mask.sum(1, keepdim=True).clamp_min(1) * len(mask))  # (B, N)
@@ -339,7 +342,7 @@ def masked_token_loss(logits, tokens, mask):
     """BEiT (Bao et al. 2021, arXiv 2106.08254, eq. 2): cross-entropy at the hidden patches.
 
     Logits (B, N, K), tokens (B, N) int64 -> scalar, the mean over all hidden patches of the batch;
-    log K for a uniform guess.
+    log K for a uniform guess. Needs `hidden_rows`, `average`.
     """
     logits, tokens = hidden_rows(logits, mask), hidden_rows(tokens, mask, dims=2)
     return average(F.cross_entropy(logits.float(), tokens, reduction="none"))
@@ -357,11 +360,13 @@ def pixel_loss(prediction, patches, mask, normalize=True, p=2):
 
     MAE (He et al. 2021, arXiv 2111.06377): p = 2, the target standardised patch by patch, so that a
     flat guess has error (P-1)/P. SimMIM (Xie et al. 2021, arXiv 2111.09886): p = 1 and not that.
+    Needs `hidden_rows`, `standardize`.
     """
     prediction, patches = (hidden_rows(x, mask) for x in (prediction, patches.detach()))
-    check_pairs(prediction, patches, 0)
+    if prediction.shape != patches.shape:
+        raise ValueError(f"{tuple(prediction.shape)}, {tuple(patches.shape)} must be one shape")
     target = standardize(patches) if normalize else patches.float()
-    return average((prediction.float() - target).abs() ** p)
+    return ((prediction.float() - target).abs() ** p).sum() / max(1, target.numel())
 
 
 def feature_loss(prediction, target, mask, beta=1.0):
@@ -369,11 +374,12 @@ def feature_loss(prediction, target, mask, beta=1.0):
 
     dBOT (Liu et al. 2022, arXiv 2209.03917). Mean over the hidden patches of the batch: e²/(2 beta)
     for |e| < beta, |e| - beta/2 beyond (dBOT's code: beta = 2). The target comes normalised.
+    Needs `hidden_rows`, `check_pairs`.
     """
     prediction, target = (hidden_rows(x, mask) for x in (prediction, target.detach()))
     check_pairs(prediction, target, 0)
-    return average(F.smooth_l1_loss(prediction.float(), target.float(), reduction="none",
-                                    beta=beta))
+    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="sum", beta=beta)
+    return error / max(1, target.numel())
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -427,7 +433,7 @@ def panel(student, teacher):
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
     points, times sqrt(D): 1 if isotropic, 0 for one point. alignment: mean |s - t|² of two views of
     an image (none if `student` is None). uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point,
-    lower is more uniform (both: Wang & Isola 2020, arXiv 2005.10242).
+    lower is more uniform (both: Wang & Isola 2020, arXiv 2005.10242). Needs `effective_rank`.
     """
     t = F.normalize(teacher)
     seen = {} if student is None else dict(

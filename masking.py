@@ -28,12 +28,9 @@ def hidden_count(ratio, N):
     return (ratio * N).round().long() if torch.is_tensor(ratio) else round(ratio * N)
 
 
-def uniform(shape, generator):
-    return torch.rand(shape, generator=generator, device=generator.device if generator else None)
-
-
-def hide_highest(scores, count):
-    """(B, N) scores -> bool mask of the `count` (one number, or one a row) highest of each row."""
+def hide_highest(scores, ratio):
+    """(B, N) scores -> bool mask of so many of the highest of each row. Needs `hidden_count`."""
+    count = hidden_count(ratio, scores.shape[1])
     if torch.is_tensor(count):
         ranks = scores.argsort(1, descending=True).argsort(1)
         return ranks < count.to(scores.device).unsqueeze(1)
@@ -45,13 +42,14 @@ def random_mask(batch, grid, ratio, generator=None, device=None, unit=1):
     """Hide patches drawn uniformly without replacement: grid (gh, gw) -> bool (B, N).
 
     In squares of unit x unit patches (SimMIM, arXiv 2111.09886: 32 px, two patches of 16), of which
-    round(ratio · their number) are hidden.
+    round(ratio · their number) are hidden. Needs `hide_highest`, `hidden_count`.
     """
     gh, gw = grid
     if gh % unit or gw % unit:
         raise ValueError(f"mask unit {unit} does not divide the grid of {gh} x {gw} patches")
     N = (gh // unit) * (gw // unit)
-    mask = hide_highest(uniform((batch, N), generator), hidden_count(ratio, N)).to(device)
+    scores = torch.rand(batch, N, generator=generator, device=generator and generator.device)
+    mask = hide_highest(scores, ratio).to(device)
     mask = mask.view(batch, gh // unit, gw // unit)
     return mask.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1)
 
@@ -69,11 +67,12 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     small grids: a twelfth of the patches) with aspect ratio in [min_aspect, 1 / min_aspect], and
     adds it. The last one is cut, row by row, to hit the count exactly, where BEiT stops short of
     it; corners that 64 rounds have not reached (ratios near 1) are filled in row order.
+    Needs `hidden_count`, `inside`.
     """
     (gh, gw), N = grid, grid[0] * grid[1]
     count = hidden_count(ratio, N)
     least = max(1, min(min_patches, N // 12))
-    mask = torch.zeros(batch, N, dtype=torch.bool, device=generator.device if generator else None)
+    mask = torch.zeros(batch, N, dtype=torch.bool, device=generator and generator.device)
     count = torch.as_tensor(count, device=mask.device)
     rows = torch.arange(gh, device=mask.device).view(1, -1, 1)
     columns = torch.arange(gw, device=mask.device).view(1, 1, -1)
@@ -81,7 +80,7 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
         missing = count - mask.sum(1)  # (B,)
         if not missing.any():
             break
-        draw = uniform((4, batch), generator)
+        draw = torch.rand(4, batch, generator=generator, device=mask.device)
         area = least + draw[0] * (missing - least).clamp_min(0)
         aspect = torch.exp((2 * draw[1] - 1) * math.log(1 / min_aspect))  # log-uniform
         height = (area * aspect).sqrt().round().clamp(1, gh)
@@ -98,11 +97,12 @@ def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspe
     """Hide all but one block (CAPI): grid (gh, gw) -> bool (B, N).
 
     The visible block is a rectangle, its aspect ratio in about [min_aspect, 1 / min_aspect]; where
-    the count is no product, the lower end of its last column is missing.
+    the count is no product, the lower end of its last column is missing. Needs `hidden_count`,
+    `inside`.
     """
     (gh, gw), N = grid, grid[0] * grid[1]
     visible = N - hidden_count(ratio, N)
-    draw = uniform((3, batch), generator)
+    draw = torch.rand(3, batch, generator=generator, device=generator and generator.device)
     rows = torch.arange(gh, device=draw.device).view(1, -1, 1)
     columns = torch.arange(gw, device=draw.device).view(1, 1, -1)
     aspect = torch.exp((2 * draw[0] - 1) * math.log(1 / min_aspect))
@@ -119,8 +119,8 @@ def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspe
 
 
 def attention_mask(attention, ratio):
-    """Hide what is attended to most (AttMask-High): teacher attention (B, N) -> bool (B, N)."""
-    return hide_highest(attention, hidden_count(ratio, attention.shape[1]))
+    """Hide the most attended, (B, N) -> bool (B, N). Needs `hide_highest`, `hidden_count`."""
+    return hide_highest(attention, ratio)
 
 
 MASKS = dict(random=random_mask, block=block_mask, inverse_block=inverse_block_mask)

@@ -1,7 +1,17 @@
-"""Masks: how many patches are hidden, which, how evenly, and from which random numbers."""
+"""Masks: how many patches are hidden, which, how evenly, and from which random numbers.
+
+And that each function of losses.py and masking.py works when it is pasted somewhere else.
+"""
+import inspect
+import re
+import sys
+
 import pytest
 import torch
+from torch.testing import assert_close
 
+import losses
+import masking
 from masking import attention_mask, block_mask, inverse_block_mask, random_mask
 
 
@@ -109,3 +119,45 @@ def test_attention_hides_exactly_the_most_attended():
     assert attention_mask(attention, 0.25).int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
     assert attention_mask(attention, 0.5).int().tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
     assert attention_mask(torch.ones(3, 49), 0.6).sum(1).tolist() == [29] * 3  # all equal
+
+
+# ---------- each function can be pasted ----------
+
+def pasted(function):
+    """The function in an empty module, from its source and that of what its docstring names."""
+    theirs = vars(sys.modules[function.__module__])
+    helpers = [theirs[name] for name in re.findall(r"`(\w+)`", function.__doc__) if name in theirs]
+    assert len(helpers) <= 3
+    module = {}
+    exec("import math, torch\nimport torch.nn.functional as F\n"
+         "from torch.autograd.function import once_differentiable\n"
+         + "\n".join(map(inspect.getsource, [*helpers, function])), module)
+    return module[function.__name__]
+
+
+X, Y = torch.randn(2, 6, 4, generator=seeded())
+LOGITS, HIDDEN = X.expand(2, 6, 4), torch.arange(6).expand(2, 6) < 2
+ARGUMENTS = {  # of those that do not take two sets of points
+    "average pairwise_distance squared_distance standardize effective_rank": (X,),
+    "info_nce_loss nt_xent_loss": (X, Y, 0.1), "check_points check_pairs": (X, Y, 2),
+    "dino_loss": (X, Y, X[0]), "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
+    "move_center": (X[0], Y[0]), "hidden_rows": (LOGITS, HIDDEN),
+    "masked_patch_loss": (LOGITS, LOGITS + 1, HIDDEN, X[0]),
+    "masked_token_loss": (LOGITS, LOGITS.argmax(-1), HIDDEN),
+    "pixel_loss feature_loss": (LOGITS, LOGITS + 1, HIDDEN),
+    "random_mask block_mask inverse_block_mask": (2, (4, 6), 0.5, seeded(3)),
+    "hidden_count": (0.5, 24), "attention_mask hide_highest": (X, 0.5),
+    "inside": (torch.arange(4).view(1, -1, 1), torch.arange(6), *torch.ones(4, 2))}
+ARGUMENTS = {name: given for names, given in ARGUMENTS.items() for name in names.split()}
+FUNCTIONS = [x for module in (losses, masking) for x in vars(module).values()
+             if inspect.isfunction(x) and x.__module__ == module.__name__]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_function_works_where_it_is_pasted_with_what_its_docstring_names(function):
+    found = []
+    for same in (pasted(function), function):
+        given = ARGUMENTS.get(function.__name__, (X, Y))
+        found.append(same(*(x.manual_seed(3) if isinstance(x, torch.Generator) else x
+                            for x in given)))
+    assert_close(*found)
