@@ -12,9 +12,11 @@ import contextlib
 import json
 import math
 import os
-import warnings
+import re
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model import ARCHS
 
@@ -46,26 +48,28 @@ def write_file(path, write, keep=None):
 
 def read_file(path):
     """The dict in a file of plain tensors. Pickled code is refused, not run."""
-    path = os.fspath(path)
+    path, reason = os.fspath(path), "its top is no dict"
     if not os.path.isfile(path):
         raise ValueError(f"no such file: {path}")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # only where such a file is read
             return load_file(path)
-        with (torch.serialization.safe_globals([argparse.Namespace]),  # in the official files
-              warnings.catch_warnings(action="ignore")):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in the official files
             file = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(file, dict):
-            raise TypeError("no dict")
-        return file
+        if isinstance(file, dict):
+            return file
     except ImportError as error:
         raise ValueError(f"{path}: reading .safetensors needs the package safetensors: "
                          "pip install safetensors") from error
-    except Exception as error:  # whatever a broken or hostile file provokes
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (TypeError, AttributeError, NameError):  # a mistake in code, not in the file
+        raise
+    except Exception as error:  # a broken file provokes a dozen kinds
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written "
-                         "by train.py, timm, DINO, iBOT, MAE or MoCo v3") from error
+    raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written by "
+                     "train.py, timm, DINO, iBOT, MAE or MoCo v3")
 
 
 def misfits(own, weights, optional=()):
@@ -94,12 +98,16 @@ def listed(wrong):
     return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
 
 
-HUGGING_FACE = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
-                "embeddings.position_embeddings": "pos_embed",
-                "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-                "encoder.layer.": "blocks.", ".attention.output.dense.": ".attn.proj.",
-                ".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.",
-                "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "layernorm.": "norm."}
+HUGGING_FACE = {  # their names, before transformers 5 and since -> timm's, in this order
+    r"embeddings\.(cls_token|mask_token|register_tokens)": r"\1",
+    r"embeddings\.position_embeddings": "pos_embed",
+    r"embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"(encoder\.layer|layers)\.": "blocks.",
+    r"attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.": r"attn.\2.",
+    r"attention\.(output\.dense|o_proj)\.": "attn.proj.",
+    r"intermediate\.dense\.": "mlp.fc1.", r"output\.dense\.": "mlp.fc2.",
+    r"layer_scale([12])\.lambda1": r"ls\1.gamma",
+    r"layernorm_before\.": "norm1.", r"layernorm_after\.": "norm2.", r"layernorm\.": "norm."}
 
 
 def from_hugging_face(weights):
@@ -107,90 +115,116 @@ def from_hugging_face(weights):
     renamed = {}
     for name, x in weights.items():
         for theirs, ours in HUGGING_FACE.items():
-            name = name.replace(theirs, ours)
+            name = re.sub(theirs, ours, name)
         renamed[name] = x
-    for name in [name for name in renamed if ".attention.attention.query." in name]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if len({renamed[part].shape for part in parts if part in renamed}) == 1 and all(
-                part in renamed for part in parts):
-            joined = name.replace(".attention.attention.query.", ".attn.qkv.")
-            renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
+        if len({renamed[part].shape if part in renamed else None for part in parts}) == 1:
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".q.", ".qkv.")] = joined
     return renamed
 
 
-# width -> heads of the published ViTs, 64 wide each; MoCo v3's ViT-S alone has 12
-PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+# width -> heads of the published ViTs; MoCo v3's ViT-S alone has 12
+PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
-def heads_in(path, file, prefix, weights):
+def heads_in(path, options, prefix, weights):
     """(attention heads that a file was trained with, does it say so): no shape tells them."""
     width = (0, *weights["cls_token"].shape)[-1]
-    options = file.get("args")
-    if isinstance(options, dict) and options.get("arch") in [*ARCHS]:  # ours
+    if options.get("arch") in [*ARCHS]:  # ours
         shape = ARCHS[options["arch"]].keywords
         return (shape["num_heads"], True) if shape["embed_dim"] == width else (None, False)
-    try:  # Hugging Face's config, beside the weights
-        beside = os.path.join(os.path.dirname(path), "config.json")
-        with open(beside if os.path.isfile(beside) else os.devnull) as config:
-            config = json.load(config)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError,
+                             RecursionError):
+        config = json.loads(Path(path).with_name("config.json").read_text())  # Hugging Face's
         if config["hidden_size"] == width:
             return int(config["num_attention_heads"]), True
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass
-    if width == 384 and ("base_encoder" in prefix or "momentum_encoder" in prefix):
+    if width == 384 and re.search("(base|momentum)_encoder", prefix):
         return 12, True
-    return PUBLISHED_HEADS.get(width), "teacher" in file  # DINO, iBOT; else the usual number
+    return PUBLISHED_HEADS.get(width), "teacher" in prefix  # DINO, iBOT; else the usual number
+
+
+def flat(tree, prefix="", depth=4):
+    """Dicts in dicts -> one {dotted name: tensor}: whatever a file is wrapped in is a prefix."""
+    found = {f"{prefix}{name}": x for name, x in tree.items() if is_floats(x)}
+    if depth and not any(name.endswith("cls_token") for name in found):
+        for name, x in tree.items():
+            found |= flat(x, f"{prefix}{name}.", depth - 1) if isinstance(x, dict) else {}
+    return found
+
+
+# what other ViTs have and this one lacks: names in their files -> what it is
+LACKING = {r"mlp\.(w\d|fc1_g|gate_proj|weights_in)": "SwiGLU blocks", "rope": "rotary positions",
+           "relative_position": "relative positions", r"\b[qk]_norm": "norms of queries and keys",
+           r"\bfc_norm": "a norm behind the pooling", r"\bdist\w*_token": "a distillation token"}
 
 
 def read_weights(path):
-    """The file's dict, the backbone in it under timm's names, and what `heads_in` knows.
+    """The options of our run, the backbone under timm's names, and what `heads_in` knows.
 
     Which network: ours, DINO's and iBOT's teacher (our student where there is no teacher); MoCo
-    v3's base_encoder; else the only one. Heads, MAE's decoder (with its mask token of decoder
-    width), timm's classifier and Hugging Face's pooler are left out.
+    v3's base_encoder; else the first. Heads, MAE's decoder (with its mask token of decoder width),
+    timm's classifier and Hugging Face's pooler are left out. A folder is its checkpoint.pt.
     """
-    file = weights = read_file(path)
-    for name in ("teacher", "state_dict", "model", "student"):
-        weights = weights[name] if isinstance(weights.get(name), dict) else weights
-    weights = {str(name): x for name, x in weights.items() if is_floats(x)}
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else os.fspath(path)
+    file = read_file(path)
+    options = file["args"] if isinstance(file.get("args"), dict) else {}
+    weights = flat(file)
     if any(name.endswith("embeddings.cls_token") for name in weights):
         weights = from_hugging_face(weights)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if not prefixes:
         raise ValueError(f"{path} holds no ViT backbone (no cls_token): "
                          f"it has {[name[:80] for name in sorted(weights)[:5]]}")
-    prefix = min(prefixes, key=lambda x: ("momentum_encoder" in x, "teacher" not in x, len(x)))
+    prefix = min(prefixes, key=lambda x: ("momentum_encoder" in x or x.startswith("frozen."),
+                                          "teacher" not in x, x.count(".")))
     weights = {name.removeprefix(prefix): x
                for name, x in weights.items() if name.startswith(prefix)}
     decoder = any(name.startswith("decoder") for name in weights)
     outside = ("decoder_", "head.", "head_dist.", "pooler.") + ("mask_token",) * decoder
-    weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
-    if "masked_embed" in weights:  # iBOT's name
-        weights["mask_token"] = weights.pop("masked_embed").reshape(1, 1, -1)
-    return file, weights, heads_in(path, file, prefix, weights)
+    names = {"masked_embed": "mask_token", "register_tokens": "reg_token"}  # iBOT's, DINOv2's
+    weights = {names.get(name, name): x
+               for name, x in weights.items() if not name.startswith(outside)}
+    if "mask_token" in weights:
+        weights["mask_token"] = weights["mask_token"].reshape(1, 1, -1)  # (1, D) in both
+    lacking = [f"{what} ({name})" for pattern, what in LACKING.items()
+               for name in weights if re.search(pattern, name)]
+    kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
+    if kernel.dim() == 4 and kernel.shape[1] != 3:
+        lacking.append(f"{kernel.shape[1]} input channels (patch_embed.proj.weight)")
+    if lacking:
+        raise ValueError(f"{path} has {lacking[0]}, which this ViT lacks")
+    return options, weights, heads_in(path, options, prefix, weights)
 
 
 def load_backbone(vit, path, num_heads=None):
     """Load a backbone into `vit`, strictly, and return it; ValueError lists what does not fit.
 
-    Reads our checkpoints, those of DINO, iBOT, MAE, MoCo v3 and timm, and Hugging Face's ViT
-    layout, whatever their prefixes. Only `mask_token` may be missing. Another number of heads than
-    the file's is refused, for it would load and give garbage; `num_heads` says what the file was
-    trained with where that is not the published number. Nothing is changed in `vit` when anything
-    is wrong.
+    Reads our checkpoints, those of DINO, DINOv2, iBOT, MAE, MoCo v3 and timm, and Hugging Face's
+    ViT layout, whatever their prefixes. Only `mask_token` may be missing. `num_heads` says what the
+    file was trained with where that is not the published number: with another than that, weights
+    would load and give garbage. Nothing is changed in `vit` when anything is wrong.
     """
-    _, weights, (heads, _) = read_weights(path)
+    options, weights, (heads, _) = read_weights(path)
+    if "image_size" in options and len({*vit.grid}) > 1:
+        raise ValueError(f"{path} was trained on square images, not on {vit.grid[0]} x "
+                         f"{vit.grid[1]} patches: build the model for its --image-size")
     return fill(vit, weights, path, num_heads or heads)
 
 
 def fill(vit, weights, path, heads=None):
     """Put weights read from `path` into `vit`, all of them or none."""
+    pos, scaled = weights.get("pos_embed", torch.empty(0)), vit.layer_scale or vit.registers
+    if scaled and pos.dim() == 3 and pos.shape[1] + 1 == vit.pos_embed.shape[1]:
+        weights = weights | {"pos_embed": F.pad(pos, (0, 0, 1, 0))}  # timm's has none for CLS
     wrong = misfits(vit.state_dict(), weights, optional=["mask_token"])
     if not wrong and heads not in (None, vit.num_heads):
         wrong = [f"it was trained with {heads} attention heads, not {vit.num_heads}: take an arch "
                  f"with {heads}" + ", vit_small_12heads" * (heads == 12 and vit.embed_dim == 384)]
     if wrong:
-        raise ValueError(f"{path} does not fit this model: {listed(wrong)}")
+        raise ValueError(f"{path} does not fit this model ({vit.embed_dim} wide, {len(vit.blocks)} "
+                         f"blocks): {listed(wrong)}")
     vit.load_state_dict(weights, strict=False)
     return vit
 
@@ -199,43 +233,44 @@ def open_backbone(path, arch=None):
     """Build the network that a file was written for and load it -> (vit, options).
 
     `options` are those of the run for our checkpoints; for other files `arch` must be given, and
-    they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have.
+    they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have. These files
+    do not say their grid of patches: it is taken to be square where its number allows.
     """
-    file, weights, (heads, said) = read_weights(path)
-    ours = (isinstance(file.get("args"), dict)
-            and {"arch", "patch_size", "image_size"} <= set(file["args"]))
-    options = dict(file["args"]) if ours else {"arch": arch}
+    options, weights, (heads, said) = read_weights(path)
+    ours = {"arch", "patch_size", "image_size"} <= set(options)
+    options = dict(options) if ours else {"arch": arch}
     if options["arch"] not in [*ARCHS]:
         raise ValueError(f"{path} does not say its arch: add --arch, one of {', '.join(ARCHS)}")
     if ours and arch not in (None, options["arch"]):
         raise ValueError(f"--arch {arch} contradicts {path}, a {options['arch']}: leave --arch out")
-    patches = math.prod(weights["pos_embed"].shape[1:-1]) - 1 if "pos_embed" in weights else 0
+    positions, registers = (math.prod(weights[name].shape[1:-1]) if name in weights else 0
+                            for name in ("pos_embed", "reg_token"))
     if not ours:
         kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
-        if kernel.dim() != 4 or not kernel.numel() or patches < 1:
-            raise ValueError(f"{path} has no patch_embed.proj.weight or pos_embed: "
-                             "it is no ViT of timm's layout")
+        if kernel.dim() != 4 or not kernel.numel() or not positions:
+            raise ValueError(f"{path} has no patch_embed.proj.weight, or no pos_embed (rotary "
+                             "positions?): it is no ViT of timm's layout")
         P = kernel.shape[-1]
-        options |= {"patch_size": P, "image_size": math.isqrt(patches) * P}
+        options |= {"patch_size": P, "image_size": math.isqrt(positions) * P}
     S, P = options["image_size"], options["patch_size"]
-    if not (type(S) is type(P) is int and 1 <= P <= S < 2**20 and (S // P) ** 2 == patches):
-        raise ValueError(f"{path} does not fit itself: its image_size and patch_size do not give "
-                         f"the {patches} patches that it has positions for")
-    vit = ARCHS[options["arch"]](image_size=S, patch_size=P)
-    try:
-        return fill(vit, weights, path, heads if said else None), options
-    except ValueError as error:
-        raise ValueError(f"{error}; is it of another --arch?" if not ours else error) from None
+    if not (type(S) is type(P) is int and 1 <= P <= S < 2**20
+            and positions - (S // P) ** 2 in (0, 1)):
+        raise ValueError(f"{path} has {positions} positions (pos_embed): they are not those of CLS "
+                         f"and of square images" + f" of {S} pixels" * ours)
+    vit = ARCHS[options["arch"]](image_size=S, patch_size=P, registers=registers,
+                                 layer_scale="blocks.0.ls1.gamma" in weights)
+    return fill(vit, weights, path, heads if said else None), options
 
 
 def export_backbone(vit, path):
     """Write a backbone's weights as timm names them, for timm's VisionTransformer of this shape.
 
-    A conv stem is refused: timm's has none. The mask token, which timm's lacks too, is left out.
+    A conv stem is refused: timm's has none. So are LayerScale and registers, which only weights
+    that timm reads already have. The mask token, which timm's lacks too, is left out.
     """
-    if not hasattr(vit.patch_embed, "proj"):
-        raise ValueError("a conv stem (vit_micro, vit_mini) has no place in timm's ViT: export "
-                         "vit_tiny, vit_small or vit_base")
+    if not hasattr(vit.patch_embed, "proj") or vit.layer_scale or vit.registers:
+        raise ValueError("a conv stem (vit_micro, vit_mini), LayerScale and registers have no "
+                         "place in timm's plain ViT: export vit_tiny, vit_small or vit_base")
     weights = {name: x.cpu() for name, x in vit.state_dict().items() if name != "mask_token"}
     write_file(path, lambda file: torch.save(weights, file))
 
@@ -267,7 +302,7 @@ if __name__ == "__main__":
         parser.error(f"--export {args.export} cannot be written ({error}): take a file in a folder "
                      "that exists")
     print(f"""{args.export} is written; in timm:
-vit = timm.create_model("{options["arch"].removesuffix("_12heads")}_patch16_224", num_classes=0,
-                        img_size={options["image_size"]}, patch_size={options["patch_size"]},
-                        num_heads={vit.num_heads})
+vit = timm.create_model("vit_base_patch16_224", num_classes=0, img_size={options["image_size"]},
+                        patch_size={vit.patch_size}, embed_dim={vit.embed_dim},
+                        depth={len(vit.blocks)}, num_heads={vit.num_heads})
 vit.load_state_dict(torch.load("{args.export}", weights_only=True))""")

@@ -5,15 +5,17 @@ import os
 import re
 import runpy
 import sys
+from functools import cache, partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import ROOT, call, cloud, state_of
+from conftest import ROOT, call, cloud, parse, state_of
 from model import ARCHS, VisionTransformer
-from weights import load_backbone, open_backbone
-from test_model import D, randomized, small
+from objectives import System
+from weights import export_backbone, load_backbone, open_backbone
+from test_model import D, EXTRAS, IMAGES, randomized, small
 
 
 def prefixed(prefix, weights):
@@ -38,17 +40,22 @@ THEIRS = {"cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_to
           "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm.": "layernorm.",
           "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
           "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after"}
+FIVE = THEIRS | {"blocks.": "layers.", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1",
+                 "mlp.fc2": "mlp.fc2"}  # transformers 5
+DINO2 = THEIRS | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "norm1": "norm1", "norm2": "norm2",
+                  "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
+                  "reg_token": "embeddings.register_tokens"}  # Dinov2WithRegistersModel
 
 
-def hugging_face(weights):
+def hugging_face(weights, names=THEIRS, qkv="attention.query attention.key attention.value"):
     """timm's names -> those of transformers' ViTModel, with query, key and value apart."""
     renamed = {}
     for name, x in weights.items():
-        for ours, theirs in THEIRS.items():
+        for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        parts = ("query", "key", "value") if "qkv" in name else ("",)
+        parts = qkv.split() if "qkv" in name else [""]
         for part, piece in zip(parts, x.chunk(len(parts))):
-            renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
+            renamed[name.replace("attn.qkv", f"attention.{part}")] = piece.clone()
     return renamed
 
 
@@ -68,6 +75,10 @@ def layouts():
     return {
         "ours": {"student": other, "teacher": prefixed("backbone.", full) | dino_head, "step": 7},
         "ours without a teacher": {"frozen": other, "student": prefixed("backbone.", full)},
+        "a wrapper": {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": cloud(3)}}},
+                      "model_state_dict": full},
+        "two wrappers": {"net": {"weights": prefixed("encoder.", full)}, "ema": {"weights": other}},
+        "student around its state": {"model": {"state_dict": {"student": other, "teacher": full}}},
         "compiled and distributed": prefixed("module._orig_mod.backbone.", full),
         "both in one dict": prefixed("student.", other) | prefixed("teacher.backbone.", full),
         "timm": timm | head,
@@ -76,7 +87,8 @@ def layouts():
         "mae": {"model": timm | decoder, "optimizer": {"state": {}}, "args": options},
         "mae of hugging face": prefixed("vit.", hugging_face(timm)) | prefixed("decoder.", decoder),
         "moco v3": {"arch": "vit_small", "state_dict": moco},
-        "hugging face": prefixed("vit.", hugging_face(full)) | {"pooler.dense.bias": cloud(D)}}
+        "hugging face": prefixed("vit.", hugging_face(full)) | {"pooler.dense.bias": cloud(D)},
+        "transformers 5": prefixed("vit.", hugging_face(full, FIVE, "q_proj k_proj v_proj"))}
 
 
 @pytest.mark.parametrize("layout", layouts())
@@ -87,6 +99,30 @@ def test_the_backbone_is_found_in_every_layout(layout, tmp_path):
     if layout.split()[0] in ("timm", "dino", "mae", "moco"):
         expected["mask_token"] = small(3).mask_token  # the file has none: it stays
     assert all(x.equal(expected[name]) for name, x in vit.state_dict().items())
+
+
+def extra_layouts(vit):
+    """A network with LayerScale and registers as DINOv2, timm and Hugging Face write it."""
+    full = vit.state_dict()
+    token = {"mask_token": full["mask_token"][0]}  # (1, D)
+    dino = without(full, "reg_token") | {"register_tokens": full["reg_token"]} | token
+    timm = without(full, "mask_token") | {  # CLS has no position there: it is added to the token
+        "cls_token": full["cls_token"] + full["pos_embed"][:, :1],
+        "pos_embed": full["pos_embed"][:, 1:]}
+    return {"dinov2": dino, "dinov2 in training": {"teacher": prefixed("backbone.", dino)},
+            "timm": timm, "hugging face": hugging_face(full | token, DINO2)}
+
+
+@pytest.mark.parametrize("layout", extra_layouts(small(**EXTRAS)))
+@pytest.mark.parametrize("image_size", [16, (12, 20)])  # 1 + 15 positions are a square number
+def test_layer_scale_and_registers_are_read_in_every_layout(layout, image_size, tmp_path):
+    vit, other = (small(seed, image_size, **EXTRAS) for seed in (1, 3))
+    path = written(tmp_path, extra_layouts(vit)[layout])
+    assert_close(load_backbone(other, path)(IMAGES), vit(IMAGES))
+    assert layout == "timm" or other.mask_token.equal(vit.mask_token)
+    for options in ({}, EXTRAS | {"layer_scale": False}, EXTRAS | {"registers": 2}):
+        with pytest.raises(ValueError, match="ls1.gamma|reg_token"):
+            load_backbone(small(3, image_size, **options), path)
 
 
 def test_safetensors_hold_the_same_as_pickles(tmp_path):
@@ -117,6 +153,39 @@ def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, 
     assert all(x.equal(small(3).state_dict()[name]) for name, x in vit.state_dict().items())
 
 
+@pytest.mark.parametrize("key, shape, message", [
+    ("blocks.0.mlp.w12.weight", (8, D), r"SwiGLU blocks \(blocks.0.mlp.w12.weight\)"),
+    ("rope_embed.periods", (4,), r"rotary positions \(rope_embed.periods\)"),
+    ("fc_norm.weight", (D,), r"a norm behind the pooling \(fc_norm.weight\)"),
+    ("blocks.1.attn.q_norm.weight", (8,), r"norms of queries and keys \(blocks.1.attn.q_norm"),
+    ("dist_token", (1, 1, D), r"a distillation token \(dist_token\)"),
+    ("rel_pos_bias.relative_position_bias_table", (9, 4), "relative positions"),
+    ("patch_embed.proj.weight", (192, 4, 8, 8), r"4 input channels \(patch_embed.proj.weight\)"),
+    ("norm_pre.weight", (D,), "unexpected norm_pre.weight")])  # and whatever is not in the list
+def test_what_this_network_lacks_is_refused_by_its_name(key, shape, message, tmp_path):
+    for vit, read in ((small(1), partial(load_backbone, small(3))),
+                      (network(), partial(open_backbone, arch="vit_tiny"))):
+        path = written(tmp_path, {"model": vit.state_dict() | {key: cloud(*shape)}})
+        with pytest.raises(ValueError, match=message) as caught:
+            read(path=path)
+        assert "which this ViT lacks" in str(caught.value) or "norm_pre" in key
+        assert not re.search("--arch|itself", str(caught.value))
+
+
+def test_a_grid_of_another_shape_with_as_many_patches_is_not_taken_for_the_files(tmp_path):
+    wide, weights = small(3, image_size=(8, 32)), small(1).state_dict()  # 2 x 8 patches, 4 x 4
+    own = {"args": {"arch": "vit_tiny", "image_size": 16, "patch_size": 4}, "student": weights}
+    with pytest.raises(ValueError, match="square images, not on 2 x 8 patches"):
+        load_backbone(wide, written(tmp_path, own))
+    load_backbone(wide, written(tmp_path, weights))  # says nothing of its grid: the caller's word
+    weights = ARCHS["vit_tiny"](image_size=(24, 40), patch_size=8).state_dict()
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 16, 192\), not \(1, 17, 192\)"):
+        open_backbone(written(tmp_path, weights), "vit_tiny")  # 1 + 15 are no 16 without CLS
+    weights["pos_embed"] = cloud(1, 1 + 10, 192)
+    with pytest.raises(ValueError, match="11 positions .* square images"):
+        open_backbone(written(tmp_path, weights), "vit_tiny")
+
+
 BAD = {"empty": b"", "page": b"<!DOCTYPE html><html></html>\n", "zeros": bytes(9999),
        "git lfs": b"version https://git-lfs.github.com/spec/v1\n", "cut": b"PK\x03\x04" + bytes(99),
        "resnet": {"conv1.weight": cloud(3)}, "tensor": cloud(3), "list": [cloud(3)],
@@ -130,6 +199,25 @@ def test_damaged_and_alien_files_are_one_error_that_names_the_path(content, tmp_
     with pytest.raises(ValueError, match="no such file|no checkpoint|no ViT backbone") as caught:
         load_backbone(small(3), path)
     assert str(path) in str(caught.value) and "holds code" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error, seen, message", [
+    (TypeError("no keyword x"), TypeError, "no keyword x"),  # of our own making, or of old Python's
+    (AttributeError("torch has no y"), AttributeError, "torch has no y"),
+    (PermissionError(13, "Permission denied"), ValueError, "weights.pt cannot be read: .*denied"),
+    (RuntimeError("PytorchStreamReader"), ValueError, "is no checkpoint")])
+def test_only_what_is_wrong_with_a_file_is_blamed_on_it(error, seen, message, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise error
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(seen, match=message):
+        load_backbone(small(3), written(tmp_path, small(1).state_dict()))
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(tmp_path):
+    written(tmp_path, {"args": TINY, "student": network().state_dict()}, "checkpoint.pt")
+    vit, _ = open_backbone(tmp_path)
+    assert vit.cls_token.equal(network().cls_token) and load_backbone(vit, str(tmp_path)) is vit
 
 
 class Code:
@@ -170,8 +258,12 @@ def test_another_number_of_heads_is_refused(file, width, right, wrong, config, t
 TINY = dict(arch="vit_tiny", image_size=24, patch_size=8)
 
 
-def network(arch="vit_tiny"):
-    return randomized(ARCHS[arch](image_size=24, patch_size=8), std=0.1)
+def network(arch="vit_tiny", seed=0, **options):
+    options = dict(image_size=24, patch_size=8) | options
+    return randomized(ARCHS[arch](**options), seed, std=0.1)
+
+
+tiny = cache(network)  # one for all tests that leave it as it is
 
 
 @pytest.mark.parametrize("content, arch, options", [
@@ -195,6 +287,38 @@ def test_a_file_without_a_fitting_arch_or_sizes_is_refused(args, arch, lacking, 
         open_backbone(written(tmp_path, {"args": args, "model": weights}), arch)
 
 
+def test_a_dinov2_file_opens_in_two_layouts_and_teaches_by_relations_at_another_size(tmp_path):
+    vit = network(patch_size=14, image_size=518, layer_scale=True, registers=4)  # 37 x 37 patches
+    images, layouts = cloud(4, 3, 28, 28), extra_layouts(vit)
+    for layout in ("timm", "dinov2"):
+        path = written(tmp_path, layouts[layout], "dinov2_vits14_reg4_pretrain.pth")
+        found, options = open_backbone(path, "vit_tiny")
+        assert options == dict(arch="vit_tiny", patch_size=14, image_size=518)
+        assert_close(found(images), vit(images), atol=1e-5, rtol=0)
+    system = System(parse("--loss", "rkd", "--arch", "vit_tiny", "--patch-size", 14, "--image-size",
+                          28, "--teacher-checkpoint", path, "--teacher-arch", "vit_tiny",
+                          "--device", "cpu"))
+    loss = system([images] * 2, [images] * 2, None)[0]
+    loss.backward()
+    assert loss.isfinite() and system.student.backbone.cls_token.grad.any()
+    assert system.teacher.backbone.reg_token.equal(vit.reg_token)
+
+
+@pytest.mark.parametrize("name, arch", [
+    ("vit_small_patch14_dinov2", "vit_small"), ("vit_small_patch14_reg4_dinov2", "vit_small"),
+    ("deit3_small_patch16_224", "vit_small"), ("vit_tiny_patch16_224", "vit_tiny")])
+def test_tokens_equal_timms_also_at_another_size_where_its_interpolation_is_ours(
+        name, arch, tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, num_classes=0, img_size=112, dynamic_img_size=True).eval()
+    vit, _ = open_backbone(written(tmp_path, randomized(theirs, std=0.1).state_dict()), arch)
+    sizes = [(112, 112)] + [(336, 112), (224, 112)] * (arch != "vit_tiny")  # divided by 14 and 16
+    for images in (cloud(1, 3, *size) for size in sizes):
+        tokens = theirs.forward_features(images)
+        tokens = torch.cat([tokens[:, :1], tokens[:, theirs.num_prefix_tokens:]], 1)
+        assert_close(vit(images), tokens, atol=1e-4, rtol=0)
+
+
 def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, capsys):
     vit, images = network(), cloud(2, 3, 24, 24)
     path, out = written(tmp_path, {"args": TINY, "student": vit.state_dict()}), tmp_path / "out.pt"
@@ -206,6 +330,13 @@ def test_timm_loads_an_export_by_the_printed_recipe(tmp_path, capsys):
     scope = {"timm": pytest.importorskip("timm"), "torch": torch}
     exec(recipe, scope)
     assert_close(scope["vit"].eval().forward_features(images), vit(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [dict(layer_scale=True), dict(registers=2)])
+def test_layer_scale_and_registers_are_not_exported(options, tmp_path):
+    with pytest.raises(ValueError, match="LayerScale and registers have no place"):
+        export_backbone(small(**options), tmp_path / "out.pt")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("message, spoil", [
