@@ -276,6 +276,11 @@ def byol_loss(prediction, target):
     return 2 - 2 * (p * z).sum(-1).mean()
 
 
+def soft_target(logits, center, temperature):
+    """The teacher's choice, centred and sharpened, without gradient: (..., K), (K,) -> (..., K)."""
+    return ((logits.detach().float() - center.detach().float()) / temperature).softmax(-1)
+
+
 def soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                        teacher_temperature):
     """-sum over k of p_t log p_s, p_t centred and sharpened: (..., K), (..., K), (K,) -> (...)."""
@@ -283,9 +288,8 @@ def soft_cross_entropy(student_logits, teacher_logits, center, student_temperatu
         raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
                          f"{tuple(teacher_logits.shape)} and center {tuple(center.shape)} must be "
                          "(..., K), (..., K) and (K,)")
-    target = (teacher_logits.detach().float() - center.detach().float()) / teacher_temperature
     student = (student_logits.float() / student_temperature).log_softmax(-1)
-    return -(target.softmax(-1) * student).sum(-1)
+    return -(soft_target(teacher_logits, center, teacher_temperature) * student).sum(-1)
 
 
 def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
@@ -299,6 +303,22 @@ def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
     """
     return soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                               teacher_temperature).mean()
+
+
+def dino_views_loss(student_logits, teacher_logits, center, student_temperature=0.1,
+                    teacher_temperature=0.04):
+    """Mean of `dino_loss` over all pairs of different views: two lists of (N, K), views in order.
+
+    Cross-entropy is linear in its target, so a student's view is compared once, with the sum of the
+    targets of the other views: each softmax is computed once, not once per pair.
+    """
+    targets = [soft_target(t, center, teacher_temperature) for t in teacher_logits]
+    loss = 0
+    for view, logits in enumerate(student_logits):
+        others = sum(target for i, target in enumerate(targets) if i != view)
+        log_q = (logits.float() / student_temperature).log_softmax(-1)
+        loss = loss - (others * log_q).sum(-1).mean()
+    return loss / (len(targets) * (len(student_logits) - 1))
 
 
 def move_center(center, batch_mean, momentum=0.9):

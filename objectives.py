@@ -23,9 +23,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from losses import (average, byol_loss, cka_loss, cosines, dino_loss, feature_loss, info_nce_loss,
-                    masked_patch_loss, masked_token_loss, move_center, nt_xent_loss, pixel_loss,
-                    pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss, standardize)
+from losses import (average, byol_loss, cka_loss, cosines, dino_views_loss, feature_loss,
+                    info_nce_loss, masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
+                    pixel_loss, pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss,
+                    standardize)
 from model import ARCHS, Decoder, PrototypeHead, mlp_head, patchify, pool_tokens
 from randomness import fold
 from weights import listed, misfits, open_backbone
@@ -144,12 +145,12 @@ class Batch:
         return pool_tokens(self.teacher_tokens, self.args.pool).chunk(self.args.global_crops)
 
     def student_points(self, term):
-        head, predictor = self.student.heads[term], self.student.predictors[term]
-        return [predictor(head(x)) for x in self.features]  # BatchNorm: each view by itself
+        points = on_views(self.student.heads[term], self.features)
+        return [self.student.predictors[term](x) for x in points]
 
     @torch.no_grad()
     def teacher_points(self, term):
-        return [self.teacher.heads[term](x) for x in self.teacher_features]
+        return on_views(self.teacher.heads[term], self.teacher_features)
 
     @property
     def temperatures(self):
@@ -176,6 +177,17 @@ class Batch:
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
         return gather(self.features[0].detach().float()), gather(theirs[1].detach().float())
+
+
+def on_views(head, views):
+    """A head on the features (B, D) of each view. BatchNorm normalises each view by itself.
+
+    A `PrototypeHead` takes all views in one call, as in DINO's code, BatchNorm included: it then
+    normalises its prototypes once, and that costs more than the rest of the head.
+    """
+    if isinstance(head, PrototypeHead):
+        return head(torch.cat(views)).chunk(len(views))
+    return [head(x) for x in views]
 
 
 def other_views(student, teacher):
@@ -367,8 +379,7 @@ def dino(batch, name="dino"):
     """
     student, teacher = batch.student_points(name), batch.teacher_points(name)
     center = batch.center(name, torch.cat(teacher).float().mean(0))
-    return mean(dino_loss(*pair, center, *batch.temperatures)
-                for pair in other_views(student, teacher)), {}
+    return dino_views_loss(student, teacher, center, *batch.temperatures), {}
 
 
 def prototype_head(args, vit, width, _):

@@ -212,8 +212,9 @@ def soft(student, teacher, center, d):
 
 
 def plain_dino(s, t, d, name="dino"):
-    student, teacher = ([prototypes(w, f"heads.{name}", x, d) for x in views]
-                        for w, views in ((s, d.student), (t, d.teacher)))
+    student, teacher = (  # BatchNorm over all views of a network together
+        prototypes(w, f"heads.{name}", torch.cat(views), d).chunk(len(views))
+        for w, views in ((s, d.student), (t, d.teacher)))
     d.moved[name] = 0.9 * d.centers[name] + 0.1 * torch.cat(teacher).mean(0)
     return cross_views(lambda q, p: soft(q, p, d.centers[name], d).mean(), student, teacher)
 
