@@ -239,6 +239,8 @@ def start(parser):
     with parser.one_line_errors():
         args.rank, args.world, args.device = start_processes(args.device, args.timeout)
         args.alive = lambda: watch(args.timeout)
+        if os.path.isdir(args.checkpoint):  # of a run
+            args.checkpoint = os.path.join(args.checkpoint, "checkpoint.pt")
         vit, options = open_backbone(args.checkpoint, args.arch)
         args.data = args.data or ("folder" if args.data_path else options.get("data"))
         args.pool = args.pool or options.get("pool", "cls")

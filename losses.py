@@ -51,7 +51,7 @@ def pairwise_distance(x):
     """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
 
     Blind to shifts and rotations. The gradient is finite everywhere: 0 for rows that coincide,
-    where the square root has no slope. O(N²) memory. Needs `squared_distance`.
+    where the square root has no slope. O(N²) memory. Needs `PairwiseDistance`, `squared_distance`.
     """
     return PairwiseDistance.apply(x)
 
@@ -87,7 +87,7 @@ def rkd_distance_loss(student, teacher, power=1.0):
     shift, rotation and scale of either side. N < 2 raises ValueError.
     `power` (ours): the teacher's distances are raised to it first. Above 1 they are sharpened, at 0
     all are equal: the control that asks a student to spread its points, and knows no teacher.
-    Needs `check_points`, `pairwise_distance`, `squared_distance`.
+    Needs `check_points`, `PairwiseDistance`, `squared_distance`.
     """
     check_points(student, teacher, 2)
     N = student.shape[-2]
@@ -97,11 +97,11 @@ def rkd_distance_loss(student, teacher, power=1.0):
         return distances / torch.where(mean > 0, mean, 1)  # all points equal: zeros, not 0 / 0
 
     with torch.no_grad():
-        target = over_mean(pairwise_distance(teacher))
+        target = over_mean(PairwiseDistance.apply(teacher))
         if power != 1:
             others = 1 - torch.eye(N, dtype=target.dtype, device=target.device)
             target = over_mean(target ** power * others)  # 0 ** 0 is 1
-    loss = F.smooth_l1_loss(over_mean(pairwise_distance(student)), target)
+    loss = F.smooth_l1_loss(over_mean(PairwiseDistance.apply(student)), target)
     return loss * N / (N - 1)  # the diagonal adds zeros
 
 
@@ -276,11 +276,6 @@ def byol_loss(prediction, target):
     return 2 - 2 * (p * z).sum(-1).mean()
 
 
-def soft_target(logits, center, temperature):
-    """The teacher's choice, centred and sharpened, without gradient: (..., K), (K,) -> (..., K)."""
-    return ((logits.detach().float() - center.detach().float()) / temperature).softmax(-1)
-
-
 def soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                        teacher_temperature):
     """-sum over k of p_t log p_s, p_t centred and sharpened: (..., K), (..., K), (K,) -> (...)."""
@@ -288,8 +283,9 @@ def soft_cross_entropy(student_logits, teacher_logits, center, student_temperatu
         raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
                          f"{tuple(teacher_logits.shape)} and center {tuple(center.shape)} must be "
                          "(..., K), (..., K) and (K,)")
+    target = (teacher_logits.detach().float() - center.detach().float()) / teacher_temperature
     student = (student_logits.float() / student_temperature).log_softmax(-1)
-    return -(soft_target(teacher_logits, center, teacher_temperature) * student).sum(-1)
+    return -(target.softmax(-1) * student).sum(-1)
 
 
 def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
@@ -312,7 +308,8 @@ def dino_views_loss(student_logits, teacher_logits, center, student_temperature=
     Cross-entropy is linear in its target, so a student's view is compared once, with the sum of the
     targets of the other views: each softmax is computed once, not once per pair.
     """
-    targets = [soft_target(t, center, teacher_temperature) for t in teacher_logits]
+    targets = [((t.detach().float() - center.detach().float()) / teacher_temperature).softmax(-1)
+               for t in teacher_logits]
     loss = 0
     for view, logits in enumerate(student_logits):
         others = sum(target for i, target in enumerate(targets) if i != view)

@@ -121,6 +121,16 @@ def test_attention_hides_exactly_the_most_attended():
     assert attention_mask(torch.ones(3, 49), 0.6).sum(1).tolist() == [29] * 3  # all equal
 
 
+def test_blocks_lie_as_often_at_one_side_as_at_the_other_and_as_in_beits_own_code():
+    hidden = block_mask(30000, (14, 14), 75 / 196, generator=seeded()).view(-1, 14, 14).double()
+    published = [0.134, 0.249, 0.347, 0.421, 0.474, 0.507, 0.524]  # of 40,000 masks of its code
+    for lines in (hidden.mean((0, 2)), hidden.mean((0, 1))):
+        assert_close(lines, lines.flip(0), atol=0.01, rtol=0)
+        assert_close(lines[:7], torch.tensor(published).double(), atol=0.01, rtol=0)
+    # as few and as large blocks: so often does a cell differ from its right neighbour
+    assert (hidden[:, :, 1:] != hidden[:, :, :-1]).double().mean() == pytest.approx(0.110, abs=0.005)
+
+
 # ---------- each function can be pasted ----------
 
 def pasted(function):
@@ -140,7 +150,7 @@ LOGITS, HIDDEN = X.expand(2, 6, 4), torch.arange(6).expand(2, 6) < 2
 ARGUMENTS = {  # of those that do not take two sets of points
     "average pairwise_distance squared_distance standardize effective_rank": (X,),
     "info_nce_loss nt_xent_loss": (X, Y, 0.1), "check_points check_pairs": (X, Y, 2),
-    "dino_loss": (X, Y, X[0]), "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
+    "dino_loss": (X, Y, X[0]), "dino_views_loss": ([X, Y], [Y, X], X[0]), "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
     "move_center": (X[0], Y[0]), "hidden_rows": (LOGITS, HIDDEN),
     "masked_patch_loss": (LOGITS, LOGITS + 1, HIDDEN, X[0]),
     "masked_token_loss": (LOGITS, LOGITS.argmax(-1), HIDDEN),
