@@ -289,7 +289,7 @@ class PrototypeHead(nn.Module):
         super().__init__()
         self.mlp = mlp_head(dim, hidden, bottleneck, layers=3, norm=norm)
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        nn.init.uniform_(self.prototypes, -bottleneck ** -0.5, bottleneck ** -0.5)  # as DINO's
 
     def embed(self, x):
         return F.normalize(self.mlp(x), dim=-1)

@@ -5,8 +5,9 @@
 A term maps a `Batch` to its loss and to what else is logged. Its entry in OBJECTIVES stands under
 it, so a new system is one place. Any weighted sum of terms is one objective: `--loss dino+0.5*rkd`.
 
-All terms differ from their papers in this: AdamW with eps 1e-6, schedules that move each step,
-Xavier initialisation, jitters in a fixed order. Other deviations are in their docstrings.
+All terms differ from their papers in this: schedules that move each step, Xavier initialisation,
+jitters in a fixed order, images turned upright by their EXIF; and, without a recipe, bilinear crops,
+Adam's eps 1e-6 and weight decay of matrices alone. Other deviations are in their docstrings.
 Letters: B images of this rank (world·B after `gather`), N patches, V visible ones, G global views,
 D width, K prototypes or words, M hidden patches.
 """
@@ -375,7 +376,8 @@ def dino(batch, name="dino"):
 
     Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature).
     Deviations: the teacher temperature moves each step, not each epoch; prototypes always have
-    length 1; without a recipe, BatchNorm in the head and a teacher temperature of .02.
+    length 1; positions of local crops are interpolated to their exact grid, without DINO's + .1;
+    without a recipe, BatchNorm in the head and a teacher temperature of .02.
     """
     student, teacher = batch.student_points(name), batch.teacher_points(name)
     center = batch.center(name, torch.cat(teacher).float().mean(0))
@@ -433,7 +435,8 @@ def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
     Cross-entropy over K words. Deviations: the words come from `--tokenizer` (`RandomWords`), for
-    BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale.
+    BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; pixels
+    normalised by ImageNet's statistics; the mask token does not decay.
     """
     words = batch.tokenizer(batch.globals)[batch.mask]  # (M,)
     logits = batch.student.predictors["beit"](batch.tokens[:, 1:][batch.mask])  # (M, K)
@@ -472,7 +475,8 @@ TOKENIZERS = dict(random=RandomWords)  # --tokenizer: maker, args -> callable as
 def mae(batch):
     """MAE (He et al. 2021, arXiv 2111.06377): paint the hidden patches, from visible ones alone.
 
-    Mean squared error of a light decoder's pixels, each patch standardised. Deviations: none known.
+    Mean squared error of a light decoder's pixels, each patch standardised. Deviation: a share that
+    is no whole number of patches is rounded, where MAE hides one more (177 of 196 at .9, here 176).
     """
     patches = patchify(batch.globals, batch.args.patch_size).flatten(2)  # (G·B, N, 3·P·P)
     prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
@@ -488,7 +492,8 @@ def simmim(batch):
     """SimMIM (Xie et al. 2021, arXiv 2111.09886): paint the hidden patches by one linear layer.
 
     Mean absolute error of the pixels, at mask tokens.
-    Deviations: absolute positions, no LayerScale; a cosine schedule for a step at 7/8.
+    Deviations: absolute positions, no LayerScale; a cosine schedule for a step at 7/8; the mask
+    token does not decay; without the recipe's ratio 29 of 49 squares at .6, where SimMIM has 30.
     """
     patches = patchify(batch.globals, batch.args.patch_size).flatten(2)
     prediction = batch.student.predictors["simmim"](batch.tokens[:, 1:][batch.mask])  # (M, 3·P·P)
