@@ -49,7 +49,8 @@ STYLES = ["-", "--", ":", "-."]
 # options that do not make another system, and those of rkd alone
 NOT_THE_SYSTEM = set("recipe data_path data_fingerprint workers device compile out_dir resume "
                      "save_every log_every eval_every timeout seed".split())
-OF_RKD = set("distance_weight distance_power angle_weight pull_weight patch_weight head".split())
+OF_RKD = set("distance_weight distance_power angle_weight angle_vertices pull_weight patch_weight "
+             "head".split())
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 A_RUN = "give the --out-dir of a finished run of train.py"

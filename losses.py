@@ -112,11 +112,17 @@ def rkd_angle_loss(student, teacher, vertices=None):
     over those N(N-1)(N-2) triplets. The original code averages all N³ entries, also those that are
     zero by construction: times N² / ((N-1)(N-2)) gives ours. A side of length zero counts as cosine
     0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
-    `vertices`, a slice: only the triplets with such a vertex j; the mean over equal parts is the
-    whole, so that processes can share the work. N < 3 raises ValueError.
-    Needs `check_points`, `squared_distance`, `AngleHuber`.
+    `vertices`, a slice or an int64 tensor of distinct indices (K,): only the triplets with such a
+    vertex j, O(N²·K) time. Drawn at random their mean is an unbiased estimate; equal parts average
+    to the whole, so that processes can share the work. N < 3, or vertices out of range, repeated or
+    none, raise ValueError. Needs `check_points`, `angle_vertices`, `AngleHuber`,
+    `EdgeAngleHuber`, `squared_distance`.
     """
     check_points(student, teacher, 3)
+    vertices = angle_vertices(vertices, student.shape[-2], student.device)
+    if student.device.type != "cpu":
+        s, t = (x.float().reshape(-1, *x.shape[-2:]) for x in (student, teacher.detach()))
+        return EdgeAngleHuber.apply(s, t, vertices)
 
     def squares(x):  # (sets, N, N), largest 1: angles do not see scale
         x = squared_distance(x)
@@ -125,8 +131,21 @@ def rkd_angle_loss(student, teacher, vertices=None):
 
     with torch.no_grad():
         target = squares(teacher)
-    first, last, _ = (vertices or slice(None)).indices(student.shape[-2])
-    return AngleHuber.apply(squares(student), target, first, last).float()
+    return AngleHuber.apply(squares(student), target, vertices).float()
+
+
+def angle_vertices(vertices, N, device):
+    """A slice, a tensor of indices or None (all) -> indices (K,) of N points, checked."""
+    if vertices is None or isinstance(vertices, slice):
+        vertices = torch.arange(N)[vertices or slice(None)]
+    elif vertices.device.type == "cpu" and (
+            vertices.dtype != torch.int64 or vertices.dim() != 1
+            or len(vertices.unique()) != len(vertices)
+            or len(vertices) and not 0 <= vertices.min() <= vertices.max() < N):
+        raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
+    if not len(vertices):
+        raise ValueError("no vertices: an angle needs at least one")
+    return vertices.to(device, non_blocking=True)
 
 
 def pull_loss(student, teacher):
@@ -151,14 +170,14 @@ class AngleHuber(torch.autograd.Function):
     ever kept for the backward pass. It goes tile by tile: some vertices j, a block of rows i, and
     the columns k from that block on, for c_ik = c_ki. What is right of the block counts twice.
 
-    S_jk - S_ik has few digits where i and j are much closer to each other than to k: then, and
-    where looking would make a GPU wait, all is computed in float64.
+    S_jk - S_ik has few digits where i and j are much closer to each other than to k: then all is
+    computed in float64.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, first, last):
+    def forward(ctx, student, teacher, vertices):
         (B, N, _), dtype = student.shape, student.dtype
-        exact = student.device.type != "cpu" or torch.compiler.is_compiling() or any(
+        exact = torch.compiler.is_compiling() or any(
             ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
         if not exact:
             student, teacher = student.float(), teacher.float()
@@ -168,16 +187,14 @@ class AngleHuber(torch.autograd.Function):
         height = max(32, -(-N // 8))
 
         def cosine(squares, inverse, j, i, k):
-            half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
-            sides = squares[:, j, i, None] + squares[:, j, None, k]
+            inverse, sides = inverse[:, j], squares[:, j]  # (B, chunk, N)
+            half = 0.5 * inverse[:, :, i, None] * inverse[:, :, None, k]  # 1 / (2 d_ji d_jk)
+            sides = sides[:, :, i, None] + sides[:, :, None, k]
             return half, sides.sub_(squares[:, None, i, k]).mul_(half)
 
         for top in range(0, N, height):
             i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
-            chunk = max(1, (2**17 if student.device.type == "cpu" else 2**22)
-                        // (B * width * (N - top)))
-            for start in range(first, last, chunk):
-                j = slice(start, min(start + chunk, last))
+            for j in vertices.split(max(1, 2**17 // (B * width * (N - top)))):
                 half, cos = cosine(student, inverse_s, j, i, k)  # (B, chunk, width, N - top)
                 error = cosine(teacher, inverse_t, j, i, k)[1].neg_().add_(cos)
                 error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
@@ -190,14 +207,59 @@ class AngleHuber(torch.autograd.Function):
                 for side, dim in ((i, -1), (k, -2)):
                     gradient[:, j, side] += (
                         push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
-        triplets = B * max(1, last - first) * (N - 1) * (N - 2)
+        triplets = B * len(vertices) * (N - 1) * (N - 2)
         ctx.save_for_backward((gradient / triplets).to(dtype))
         return (total / triplets).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None, None, None
+        return grad_output * ctx.saved_tensors[0], None, None
+
+
+class EdgeAngleHuber(torch.autograd.Function):
+    """The same from points (B, N, D) by unit edges e_ji = (x_i - x_j) / |x_i - x_j|:  c_ik = e_ji e_jk.
+
+    D times the work of the law of cosines, but matrix products, which a GPU has for nothing, and
+    float32 keeps all digits. The gradient is summed up in the forward pass here too:
+
+        d loss / d e_ji = 2 sum over k of huber'_ik e_jk,    then orthogonal to e_ji, divided by d_ji
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, vertices):
+        B, N, D = student.shape
+        total, gradient = student.new_zeros(()), torch.zeros_like(student)
+        with torch.autocast(student.device.type, enabled=False):
+            for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
+                loss, push = edge_angle_huber(student, teacher, j)
+                total += loss
+                gradient += push.sum(1)
+                gradient.index_add_(1, j, -push.sum(2))
+        triplets = B * len(vertices) * (N - 1) * (N - 2)
+        ctx.save_for_backward(gradient / triplets)
+        return total / triplets
+
+    backward = AngleHuber.backward
+
+
+def edge_angle_huber(student, teacher, j):
+    """Sum of huber over the triplets at vertices j (K,), and its gradient by edge, (B, K, N, D)."""
+    def unit_edges(x):
+        edge = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
+        square = edge.square().sum(-1, keepdim=True)
+        inverse = torch.where(square > 0, square, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
+        return edge * inverse, inverse
+
+    (e, inverse), (other, _) = unit_edges(student), unit_edges(teacher)
+    error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
+    error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+    slope = error.clamp(-1, 1)  # huber'(e)
+    flat = slope.flatten()
+    total = error.flatten() @ flat - (flat @ flat) / 2
+    push = slope @ e
+    return total, (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
+
 
 # ---- other relations: the study's controls -----------------------------------------------------
 

@@ -244,7 +244,8 @@ def rkd(batch):
 
     w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views.
     Relations are blind to any rigid motion: only the small pull ties an image's views together.
-    Angles cost the cube of the number of images: each rank computes those at its own images.
+    Angles at all images cost the cube of their number: those at the first `--angle-vertices` of the
+    batch, whose order is random, are an unbiased estimate. Each rank computes its share of them.
     Deviations: the teacher is a moving average and not L2-normalised; the pull is ours.
     """
     args, B, pairs = batch.args, len(batch.strong[0]), batch.pairs("rkd")
@@ -253,9 +254,13 @@ def rkd(batch):
     def weigh(losses):
         return sum(weights[name] * loss for name, loss in losses.items())
 
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    each = [relations(*pair, args, slice(rank * B, (rank + 1) * B)) for pair in pairs]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    vertices = torch.arange(min(args.angle_vertices or 256, world * B))
+    own = vertices.tensor_split(world)[rank]
+    each = [relations(*pair, args, own) for pair in pairs]
     losses = {name: mean(found[name] for found in each) for name in each[0]}
+    if args.angle_weight:  # the mean over ranks is that over all vertices
+        losses["angle"] = losses["angle"] * (len(own) * world / len(vertices))
     if args.pull_weight:
         losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
     total = weigh(losses)

@@ -115,6 +115,8 @@ def options():
     add("--distance-power", type=number(0), default=1.0,
         help="rkd: exponent of the teacher's distances; 0 makes all equal (a control)")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles (Park et al.: 2)")
+    add("--angle-vertices", type=positive,
+        help="rkd: angles at so many images per step, drawn at random; default: all up to 256")
     add("--pull-weight", type=number(0), default=0.05,
         help="rkd: between two views; 0: pure relations (default with --teacher-checkpoint)")
     add("--patch-weight", type=number(0), default=0.0, help="rkd: among the patches of an image")
@@ -229,6 +231,10 @@ def refuse(args):
          f"--grad-accum) and leave {least} images per piece for {comparing}"),
         ("ibot" in terms and args.pool == "cls+mean",
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
+        (args.angle_vertices
+         and not world <= args.angle_vertices <= args.batch_size // args.grad_accum,
+         f"--angle-vertices {args.angle_vertices} must lie between the number of processes, {world}, "
+         f"and of images per piece, {args.batch_size // args.grad_accum}"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),
@@ -728,6 +734,9 @@ def main():
                                  f"{(start, len(train_set))}: all must see the same files")
         if rank == 0:
             open_folder(args, start)
+            vertices, images = args.angle_vertices or 256, args.batch_size // args.grad_accum
+            if "rkd" in system.terms and args.angle_weight and vertices < images:
+                print(f"angles at {vertices} of {images} images per step: see --angle-vertices")
             if test_set is None:
                 print(f"{args.data_path} has no classes, or no val/ or test/: training without "
                       "k-NN")

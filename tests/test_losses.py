@@ -8,6 +8,7 @@ from torch.nn.functional import normalize as unit
 from torch.testing import assert_close
 
 from conftest import cloud
+import losses
 from losses import (byol_loss, cka_loss, dino_loss, effective_rank, feature_loss, info_nce_loss,
                     masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
                     pairwise_distance, panel, pixel_loss, pull_loss, ressl_loss, rkd_angle_loss,
@@ -116,9 +117,10 @@ def all_cosines(x):
     return directions @ directions.mT
 
 
-def angle_definition(student, teacher):  # eq. 9
+def angle_definition(student, teacher, vertices=None):  # eq. 9, at the first vertices j
     other = ~torch.eye(len(student)).bool()
     triplets = other[:, :, None] & other[:, None, :] & other[None]  # j != i, j != k, i != k
+    triplets = triplets & (torch.arange(len(student)) < (vertices or len(student)))[:, None, None]
     return huber(all_cosines(student) - all_cosines(teacher))[triplets].mean()
 
 
@@ -324,10 +326,35 @@ def test_angle_loss_is_exact_where_it_is_computed_in_several_tiles():
 
 
 def test_angles_at_equal_parts_of_the_vertices_average_to_the_whole():
-    def parts(student, teacher):
-        return sum(rkd_angle_loss(student, teacher, slice(at, at + 4)) for at in (0, 4, 8)) / 3
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for three in ([slice(at, at + 4) for at in (0, 4, 8)], order.split(4)):
+        def parts(student, teacher):
+            return sum(rkd_angle_loss(student, teacher, part) for part in three) / 3
 
-    assert_same(parts, rkd_angle_loss, cloud(12, 4), cloud(12, 7, seed=1))
+        assert_same(parts, rkd_angle_loss, cloud(12, 4), cloud(12, 7, seed=1))
+
+
+@pytest.mark.parametrize("wrong", [
+    slice(0, 0), torch.tensor([], dtype=torch.int64), torch.tensor([0, 5]), torch.tensor([-1]),
+    torch.tensor([1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]), torch.tensor([1.0])])
+def test_impossible_vertices_are_refused(wrong):
+    with pytest.raises(ValueError, match="vertices"):
+        rkd_angle_loss(cloud(5, 3), cloud(5, 3, seed=1), wrong)
+
+
+@pytest.mark.parametrize("gap", [None, 1e-4, 1e-5, 0.0])  # of near-duplicates, against the spread
+def test_the_angles_of_a_gpu_by_edges_in_float32_equal_the_definition_in_float64(gap):
+    def points(seed):
+        x = cloud(24, 8, seed=seed)
+        return x if gap is None else torch.cat([x, x + gap * cloud(24, 8, seed=seed + 9)])
+
+    student, teacher = points(0).requires_grad_(), points(1)
+    wide = student.detach().double().requires_grad_()
+    exact = angle_definition(wide, teacher.double())
+    found = losses.EdgeAngleHuber.apply(student[None], teacher[None], torch.arange(len(student)))
+    [gradient], [expected] = (torch.autograd.grad(x, y) for x, y in ((found, student), (exact, wide)))
+    assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ SMALL = ("--arch vit_micro --image-size 16 --patch-size 4 --batch-size 8 --proto
 WARMING = "--teacher-temperature 0.04 0.07 --teacher-warmup 0.3 --no-head-batchnorm"
 PROGRESS = 0.12  # of the run, 0.4 of this warm-up: the teacher's temperature is 0.052
 CASES = {  # --loss: more options
-    "rkd": "--head 12 --patch-weight 0.5 --pull-weight 0.3 --local-crops 1",
+    "rkd": "--head 12 --patch-weight 0.5 --pull-weight 0.3 --local-crops 1 --angle-vertices 5",
     "ressl": "--pool cls --mask-ratio 0 --temperature 0.2 " + WARMING,
     "cka": "--hide token", "feature": "", "simclr": "--pool cls+mean", "moco": "--pool cls",
     "dino": "--pool cls --local-crops 2 --temperature 0.2 " + WARMING,
@@ -145,10 +145,10 @@ def cross_views(loss, student, teacher):
     return sum(values) / len(values)
 
 
-def relations(args, s, t):
+def relations(args, s, t, vertices=None):
     s, t = s.double(), t.double()
     return (args.distance_weight * distance_definition(s, t, args.distance_power)
-            + args.angle_weight * angle_definition(s, t))
+            + args.angle_weight * angle_definition(s, t, vertices))
 
 
 def plain_rkd(s, t, d):
@@ -158,7 +158,8 @@ def plain_rkd(s, t, d):
             norm=partial(call, nn.LayerNorm(20)), activation=F.gelu)
         student, teacher = ([mlp(w, "heads.rkd", x, **kind) for x in views]
                             for w, views in ((s, student), (t, teacher)))
-    loss = (cross_views(partial(relations, d.args), student, teacher)
+    among_images = partial(relations, d.args, vertices=d.args.angle_vertices)
+    loss = (cross_views(among_images, student, teacher)
             + d.args.pull_weight * cross_views(pull_definition, student, teacher))
     if d.args.patch_weight:  # among the patches of one crop, visible ones if the others are dropped
         theirs = d.theirs if d.tokens.shape[1] == 16 else d.theirs[~d.mask].view(d.tokens.shape)
