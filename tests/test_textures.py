@@ -2,19 +2,44 @@
 import colorsys
 import hashlib
 
+import pytest
 import torch
 from torch.testing import assert_close
 
+import textures
 from conftest import drawn
 from data import load_data
 from textures import FACTORS, hsv_to_rgb
 
 
-def test_twenty_textures_are_exactly_these_bytes_however_many_follow():
-    pixels = drawn(30)[0][:20]
-    assert pixels.shape == (20, 3, 32, 32) and not drawn(20, seed=1)[0].equal(pixels)
-    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == \
-        "0ccde554c350a877649dd623693b457982710da4168cc62cb3fb8fbf27145df4"
+def test_textures_depend_on_the_seed_alone():
+    first = drawn(20, seed=0)[0]
+    assert not drawn(20, seed=1)[0].equal(first)
+    assert drawn(30, seed=0)[0][:20].equal(first)
+
+
+@pytest.mark.parametrize("count, size, digest", [
+    (20, 32, "0ccde554c350a877649dd623693b457982710da4168cc62cb3fb8fbf27145df4"),
+    (4, 96, "c5d804fd04e0feb01e6be8d3eeeede20becb717ac339a63e60be7d78c351c06d")])
+def test_textures_are_exactly_these_bytes(count, size, digest):
+    pixels = drawn(count, size=size)[0].numpy().tobytes()
+    assert len(pixels) == count * 3 * size * size
+    assert hashlib.sha256(pixels).hexdigest() == digest
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_textures_are_drawn_in_pieces_of_bounded_memory(monkeypatch, size):
+    pieces, count = [], 300 * 96**2 // size**2
+
+    def draw_some(index, *rest):  # the real one takes about 200 bytes per pixel
+        pieces.append(index.tolist())
+        images = (index % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+        return images, torch.zeros(len(index), len(FACTORS)).double()
+    monkeypatch.setattr(textures, "draw_some", draw_some)
+    images, labels, _ = textures.textures(count, 0, size)
+    assert sum(pieces, []) == [*range(count)] and len(labels) == count
+    assert images[:, 2, 5, 5].tolist() == [i % 256 for i in range(count)]
+    assert max(map(len, pieces)) * size**2 * 200 < 2**30
 
 
 def test_texture_classes_are_balanced_and_no_class_has_a_colour_of_its_own():
