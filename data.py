@@ -15,8 +15,11 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import sys
+import unicodedata
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -41,8 +44,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used fo
 class Images:
     """A set in memory: uint8 images (N, 3, height, width), labels (N,), -1 where there is none."""
 
-    def __init__(self, images, labels, classes):
+    def __init__(self, images, labels, classes, files=(), root=""):
         self.images, self.labels, self.classes, self.unreadable = images, labels, classes, set()
+        self.files, self.root = files, root  # of a set that was read from disk
 
     def __len__(self):
         return len(self.labels)
@@ -56,51 +60,85 @@ class UnreadableImages(DataError):
     """More than a tenth of a set cannot be read."""
 
 
-class Folder(torch.utils.data.Dataset):
-    """Images on disk: folder[make, index] -> (make(image, index), index, unreadable indices).
+def eight_bits(image):
+    """A grey PIL image of floats or of more than 8 bits (mode F, I or I;16) -> one of 8 bits.
 
-    The next index replaces one that cannot be read.
+    White is the smallest of 255, 1023, 4095, 16383, 65535 (8, 10 .. 16 bits) that no pixel of it
+    exceeds, or 1 for floats that are at most 1. ValueError: other ranges, such as negative values.
+    """
+    values = np.asarray(image, np.float32)
+    low, high = values.min(), values.max()
+    floats = image.mode == "F"
+    white = next((w for w in (1, 255, 1023, 4095, 16383, 65535)[not floats:] if high <= w), None)
+    if not low >= 0 or not white or floats and 1 < high < 16:  # black, if of 0 .. 255
+        raise ValueError(f"values {low:g} .. {high:g}, not 0 .. 1 or 0 .. 255 or up to 16 bits")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+WHY = {FileNotFoundError: "dead link, or removed", Image.UnidentifiedImageError: "not an image",
+       Image.DecompressionBombError: "too large, a decompression bomb"}
+
+
+class Folder(torch.utils.data.Dataset):
+    """Images on disk: folder[make, index] -> (make(image, index), index, {unreadable index: why}).
+
+    The next index replaces one that cannot be read. `files` lie below the folder `root`.
     """
 
-    def __init__(self, files, labels, classes):
+    def __init__(self, files, labels, classes, root=""):
         self.files, self.labels, self.classes = files, torch.tensor(labels), classes
-        self.unreadable = set()
+        self.root, self.unreadable, self.why = root, set(), {}
 
     def __len__(self):
         return len(self.files)
 
     def open(self, index):
-        """A PIL image in RGB, upright; None where it cannot be read."""
+        """A PIL image in RGB, upright; None where it cannot be read: `why` says the reason."""
         try:
             with Image.open(self.files[index]) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
-                    grey = (np.asarray(image, np.float32) / 257).clip(0, 255)
-                    image = Image.fromarray(grey.astype(np.uint8))
-                return image.convert("RGB")
-        except Exception:  # PIL raises many kinds for a broken file, and a file may vanish
+                return (eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+        except Exception as error:  # PIL raises many kinds for a broken file
+            self.why[index] = (WHY.get(type(error)) or getattr(error, "strerror", None)
+                               or str(error) or repr(error))
             return None
 
     def __getitem__(self, key):
         make, index = key
-        bad = []
+        bad = {}
         for other in itertools.chain(range(index, len(self)), range(index)):
             image = self.open(other)
             if image:
                 return make(image, other), other, bad
-            bad.append(other)
-        raise UnreadableImages("no image of this set can be read")
+            bad[other] = self.why[other]
+        raise UnreadableImages(f"no image of this set can be read: {bad[index]}")
 
-    def report(self, indices, looked_at=None):
+    def report(self, bad, looked_at=None):
         """Name files found unreadable, once per process; stop above a tenth of those looked at."""
-        bad, looked_at = sorted(self.unreadable.union(indices)), looked_at or len(self)
-        if len(bad) > 0.1 * looked_at:
-            names = ", ".join(self.files[index] for index in bad[:10])
-            raise UnreadableImages(f"{len(bad)} of {looked_at} images cannot be read, more than "
+        self.why.update(bad)
+        every, looked_at = sorted(self.unreadable.union(bad)), looked_at or len(self)
+        if len(every) > 0.1 * looked_at:
+            names = ", ".join(f"{self.files[i]} ({self.why[i]})" for i in every[:10])
+            raise UnreadableImages(f"{len(every)} of {looked_at} images cannot be read, more than "
                                    f"10 %: repair or remove {names}")
-        for index in sorted(set(indices) - self.unreadable):
-            print(f"unreadable, skipped: {self.files[index]}", file=sys.stderr)
-        self.unreadable.update(indices)
+        for index in sorted(set(bad) - self.unreadable):
+            print(f"unreadable, skipped: {self.files[index]} ({bad[index]})", file=sys.stderr)
+        self.unreadable.update(bad)
+
+
+def fingerprint(data):
+    """Which images and labels a set holds: 16 hex digits, the same for a folder that was moved.
+
+    Of a folder: its classes, the names of its images below it and, of fewer than 200,000, their
+    sizes in bytes. Of another set: its classes and labels.
+    """
+    if data.files:
+        facts = [file[len(data.root):] for file in data.files]
+        facts += [str(os.path.exists(file) and os.path.getsize(file))
+                  for file in data.files if len(data) < 200_000]
+    else:
+        facts = map(str, data.labels.tolist())
+    return hashlib.sha256(os.fsencode("\n".join([*data.classes, *facts]))).hexdigest()[:16]
 
 
 def fingerprint(data):
@@ -122,56 +160,130 @@ def center_view(image, index, size):
     return [pil_to_tensor(center_crop(image, size))]
 
 
-def scan(root):
-    """root/CLASS/../image -> files, and the class of each, "." for images straight in root."""
+HIDDEN = re.compile(r"\.|[@#$~][a-z_]{2}|(__macosx|__pycache__|lost\+found|recycler|"
+                    r"system volume information)$", re.IGNORECASE)  # files of systems and tools
+PART = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?)[_-]?(images|set|data|\d*)",
+                  re.IGNORECASE)  # a part of a set rather than a class
+
+
+def scan(root, left_out):
+    """root/CLASS/../image -> [(file, class)], "." for images straight in root.
+
+    A real folder is visited once, links to folders last. Classes are named in one unicode form
+    (NFC). `left_out` collects {why: paths}.
+    """
     Image.init()
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, names = [], []
-    for place, folders, found in os.walk(root, followlinks=True):
-        folders.sort()
-        name = os.path.relpath(place, root).split(os.sep)[0]
-        for file in sorted(found):
-            if os.path.splitext(file)[1].lower() in readable and not file.startswith("."):
-                files.append(os.path.join(place, file))
-                names.append(name)
-    return files, names
+    images, visited, starts = [], set(), [root]
+
+    def failed(error):
+        left_out[f"unreadable folder, {error.strerror}"].append(error.filename)
+
+    for place, folders, found in itertools.chain.from_iterable(
+            os.walk(start, onerror=failed) for start in starts):
+        real = os.path.realpath(place)
+        if real in visited or os.path.realpath(root).startswith(os.path.join(real, "")):
+            left_out["link to a folder that is visited anyway"].append(place)
+            folders.clear()
+            continue
+        visited.add(real)
+        hidden = {name for name in folders + found if HIDDEN.match(name)}
+        folders[:] = sorted({*folders} - hidden)
+        starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+        class_name = unicodedata.normalize("NFC", os.path.relpath(place, root).split(os.sep)[0])
+        for name in sorted(hidden) + sorted({*found} - hidden):
+            path, end = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if name in hidden:
+                left_out["hidden or system file"].append(path)
+            elif end in readable:
+                images.append((path, class_name))
+            else:
+                left_out[f"{end or 'nameless'} file without a reader" if os.path.exists(path)
+                         else "dead link"].append(path)
+    return images
+
+
+def find_test(path, classes, left_out):
+    """[(file, class)] of the first of P/val .. P/test with classes of train/, and what to say."""
+    note = ""
+    for place in (os.path.join(path, name) for name in ("val", "valid", "validation", "test")):
+        if not os.path.isdir(place):
+            continue
+        images = scan(place, left_out)
+        names = {name for _, name in images}
+        unknown = ", ".join(sorted(names - {*classes, "."})[:5])
+        if unknown and names & {*classes}:
+            raise ValueError(f"{place} has classes that train/ lacks: {unknown}{told(left_out)}")
+        if names & {*classes}:
+            left_out["image without a class"] = [file for file, name in images if name == "."]
+            return [pair for pair in images if pair[1] != "."], note
+        found = f"folders {unknown!a}" if unknown else f"{len(images)} images without classes"
+        note += f"; {place!a} is not used: it holds {found}"
+    return [], note + "; no evaluation: that needs train/CLASS/image and val/CLASS/image"
+
+
+def told(left_out):
+    """In words: how many files or folders were left out, why, and the first of each."""
+    return "".join(f"; left out: {len(paths)} {why} ({paths[0]!a})"
+                   for why, paths in left_out.items() if paths)
 
 
 def read_folder(path):
-    """P/train/CLASS/image, P/val/CLASS/image (or P/test) -> train, test; no classes: test None."""
+    """P/train/CLASS/image, P/val/CLASS/image -> train, test; test None: nothing to evaluate by.
+
+    val may be called valid, validation or test. Of P/CLASS/image every tenth image per class is
+    held out. P/image and P/train/image have no classes. One line says what was found and left out.
+    """
     if not path or not os.path.isdir(path):
         raise ValueError(f"--data-path {path!r} is no folder: give one that holds "
                          "train/CLASS/image and val/CLASS/image, or just images")
-    place, *held = (os.path.join(path, name) for name in ("train", "val", "test"))
-    if os.path.isdir(place):
-        files, names = scan(place)
-    else:  # a bare folder of images; what lies deeper is another layout
-        files = [file for file, name in zip(*scan(path)) if name == "."]
-        names = ["."] * len(files)
-    if not files:
-        raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/ "
-                         "or beside it")
-    classes = sorted({*names} - {"."})
-    number = {name: k for k, name in enumerate(classes)}
-    train = in_memory(Folder(files, [number.get(name, -1) for name in names], classes))
-    held = [place for place in held if os.path.isdir(place)]
-    if not classes or not held:
-        return train, None
-    files, names = scan(held[0])
-    unknown = sorted({*names} - {*classes})
-    if unknown or not files:
-        raise ValueError(f"{held[0]} has " + (f"classes that train/ lacks: {', '.join(unknown[:5])}"
-                                              if files else "no images"))
-    return train, in_memory(Folder(files, [number[name] for name in names], classes))
+    whole, place = os.path.join(path, ""), os.path.join(path, "train", "")
+    place, left_out = place if os.path.isdir(place) else whole, defaultdict(list)
+    train = scan(place, left_out)
+    if place == whole and any(name == "." for _, name in train):  # what lies deeper is no class
+        left_out["image in a sub-folder"] = [file for file, name in train if name != "."]
+        train = [pair for pair in train if pair[1] == "."]
+    if not train:
+        raise ValueError(f"--data-path {path!r} has no images in train/CLASS/, in train/, in "
+                         f"CLASS/ or beside it{told(left_out)}")
+    classes = sorted({name for _, name in train} - {"."})
+    deep = sum(file.count(os.sep, len(place)) > 1 for file, _ in train) > len(train) / 2
+    if deep and (place == whole or len(classes) == 1) \
+            or place == whole and any(map(PART.fullmatch, classes)):
+        likely = os.path.join(place, next(filter(PART.fullmatch, classes), classes[0]))
+        raise ValueError(f"{place} would have the classes {', '.join(classes[:5])}: is there one "
+                         f"folder too much? Move them to train/CLASS/, or --data-path {likely}")
+    if place == whole and classes:
+        of_class = {name: [] for name in classes}
+        for pair in train:
+            of_class[pair[1]].append(pair)
+        test = [pair for own in of_class.values() for pair in own[9::10] or own[1:][-1:]]
+        train, note = sorted({*train} - {*test}), ", every tenth per class"
+    else:
+        test, note = find_test(path, classes, left_out)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{len(train)} images, {len(classes)} classes {classes[:3]!a}, {len(test)} test "
+              f"images{note}{told(left_out)}")
+    number = {name: k for k, name in enumerate(classes)} | {".": -1}
+    return [in_memory(Folder([file for file, _ in part], [number[name] for _, name in part],
+                             classes, whole)) if part else None for part in (train, test)]
 
 
 def in_memory(folder, probes=256, side=128, limit=2**30):
     """Look at some images: many broken stop the run here; small ones of one size move to memory."""
+    def look(index):
+        image = folder.open(index)
+        return image and (image.size, all(low == high for low, high in image.getextrema()))
+
     with ThreadPoolExecutor(8) as pool:
         some = np.unique(np.linspace(0, len(folder) - 1, probes).astype(int)).tolist()
-        images = list(pool.map(folder.open, some))
-        folder.report([i for i, image in zip(some, images) if not image], len(some))
-        sizes = {image.size for image in images if image}
+        found = dict(zip(some, pool.map(look, some)))
+        folder.report({i: folder.why[i] for i in some if not found[i]}, len(some))
+        sizes = {size for size, _ in filter(None, found.values())}
+        single = sum(one_level for _, one_level in filter(None, found.values()))
+        if single > max(1, len(some) / 2):
+            print(f"warning: {single} of {len(some)} images looked at hold a single grey level or "
+                  "colour each: is the range of their values right?", file=sys.stderr)
         width, height = max(sizes)
         if len(sizes) > 1 or max(width, height) > side or 3 * width * height * len(folder) > limit:
             return folder
@@ -182,8 +294,8 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
         items = pool.map(folder.__getitem__, ((make, i) for i in range(len(folder))))
         [pixels], _, bad = collate(items)
     folder.report(bad)
-    folder.labels[bad] = -1  # never evaluated
-    return Images(pixels, folder.labels, folder.classes)
+    folder.labels[[*bad]] = -1  # never evaluated
+    return Images(pixels, folder.labels, folder.classes, folder.files, folder.root)
 
 
 def downloaded(make):
@@ -208,11 +320,12 @@ def from_torchvision(name, path):
     try:
         if name == "imagenette":
             downloaded(fetch)
-            counts = [len(scan(os.path.join(place, part))[0]) for part in ("train", "val")]
+            parts = read_folder(place)
+            counts = [len(part or ()) for part in parts]
             if counts != [9469, 3925]:
                 raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: remove it, or "
                                  "use --data folder for your own")
-            return read_folder(place)
+            return parts
         splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
         parts = [downloaded(partial(getattr(sets, name.upper()), root, split)) for split in splits]
     except (OSError, RuntimeError) as error:
@@ -410,7 +523,8 @@ def cut(image, index, epoch, seed, views, bicubic=False):
 
 def collate(items):
     views, index, bad = zip(*items)
-    return [torch.stack(x) for x in zip(*views)], torch.tensor(index), [*itertools.chain(*bad)]
+    return ([torch.stack(x) for x in zip(*views)], torch.tensor(index),
+            {i: why for found in bad for i, why in found.items()})
 
 
 def loaded(folder, keys, workers, device):

@@ -1,5 +1,7 @@
 """Data: crops and colours against torchvision, batches as functions of their keys, folders."""
 import math
+import os
+import shutil
 from unittest.mock import Mock
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from conftest import drawn
-from data import MEAN, STD, Folder, Images, colour, crop, eval_batches, load_data, train_batches
+from data import (MEAN, STD, Folder, Images, colour, crop, eval_batches, fingerprint,
+                  load_data, train_batches)
 
 CPU = torch.device("cpu")
 VIEWS = [(16, (0.4, 1.0)), (8, (0.1, 0.4))]
@@ -213,6 +216,180 @@ def test_a_wrong_folder_is_an_error_that_names_it(tmp_path):
     for path in ("/no/such/place", None, f"{tmp_path}/empty", f"{tmp_path}/newt"):
         with pytest.raises(ValueError, match=str(path)):
             load_data("folder", path)
+
+
+def populate(root, places):
+    """An image per place; `link>target` is a link."""
+    for number, place in enumerate(places.split()):
+        name, _, target = place.partition(">")
+        if target:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).symlink_to(target)
+        elif os.path.splitext(name)[1] in (".png", ".jpg"):
+            write(root / name, seed=number)
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("words")
+    return str(root)
+
+
+@pytest.mark.parametrize("more, why", [
+    *((f"train/{name}/x.png", "1 hidden or system file") for name in (
+        ".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", ".git", "@tmp",
+        "#recycle", "cat/.thumbnails", "__pycache__")),
+    ("train/dog/._0.png", "1 hidden"), ("train/cat/back>..", "link to a folder"),
+    ("train/cat/up>../..", "link to a folder"), ("train/cow>cat", "link to a folder"),
+    ("train/dog/a>../cat", "link to a folder"), ("train/gone>/no/such", "1 dead link"),
+    ("train/cat/a.heic", "1 .heic file without a reader"), ("train/cat/b.txt", "1 .txt file")])
+def test_what_lies_beside_the_images_is_left_out_and_said(tmp_path, capsys, more, why):
+    train, _ = load_data("folder", populate(
+        tmp_path, "train/cat/0.png train/dog/1.png val/dog/2.png " + more))
+    assert len(train) == 2 and train.classes == ["cat", "dog"]
+    said = capsys.readouterr().out
+    assert said.startswith("2 images, 2 classes ['cat', 'dog'], 1 test images; left out: ")
+    assert why in said and said.count("\n") == 1
+
+
+def test_a_class_may_be_a_link_to_elsewhere_and_a_character(tmp_path):
+    path = populate(tmp_path, "store/x/0.png store/x/a/1.png store/y/2.png set/train/@/3.png "
+                    "set/train/#1/4.png set/train/x>../../store/x set/train/y>../../store/y")
+    train, _ = load_data("folder", f"{path}/set")
+    assert train.classes == ["#1", "@", "x", "y"]
+    assert train.labels.bincount().tolist() == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("closed", ["train/cat", "val/cat", "train/dog/deep", "train"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch, closed):
+    path = populate(tmp_path, "train/cat/0.png train/dog/1.png train/dog/deep/2.png "
+                    "val/cat/3.png val/dog/4.png")
+    scandir = os.scandir  # chmod would not keep root out
+
+    def guarded(place):
+        if os.fspath(place).rstrip("/").endswith(closed):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+    monkeypatch.setattr(os, "scandir", guarded)
+    try:
+        load_data("folder", path)
+        said = capsys.readouterr().out
+    except ValueError as error:  # val/ has a class more then, or nothing is left
+        said = str(error)
+    assert "unreadable folder, Permission denied" in said and f"{path}/{closed}" in said
+
+
+@pytest.mark.parametrize("places, way_out", [
+    ("train/images/cat/0.png train/images/dog/1.png val/images/cat/2.png", "train/images"),
+    ("train/all/a/b/0.png train/all/1.png train/all/a/2.png", "train/all"),
+    ("birds/train/cat/0.png birds/train/dog/1.png birds/val/cat/2.png", "birds"),
+    ("a/cat/0.png a/dog/1.png b/cat/2.png", "a"), ("val/cat/0.png val/dog/1.png", "val"),
+    ("Train/0.png Test/1.png", "Test"), ("cat/0.png test/1.png", "test"),
+    ("train2017/0.png val2017/1.png", "train2017")])
+def test_a_folder_too_much_is_refused_with_the_way_out(tmp_path, places, way_out):
+    with pytest.raises(ValueError, match=f"folder too much.*--data-path {tmp_path}/{way_out}$"):
+        load_data("folder", populate(tmp_path, places))
+
+
+CAFE, CAFE_APART = "caf\u00e9", "cafe\u0301"  # one letter, or a letter and its accent
+
+
+@pytest.mark.parametrize("places, classes, test, said", [
+    (" ".join(f"{k}/{i}.png" for k in "ab" for i in range(20)), 2, 4, "every tenth per class"),
+    ("a/0.png a/1.png a/2.png valve/3.png", 2, 1, "every tenth per class"),
+    *((f"train/a/0.png train/b/1.png {name}/b/2.png", 2, 1, "1 test images")
+      for name in ("val", "valid", "validation", "test")),
+    (f"train/{CAFE}/0.png val/{CAFE_APART}/1.png", 1, 1, "1 test images"),
+    (f"train/{CAFE_APART}/0.png train/{CAFE}/1.png test/{CAFE}/2.png", 1, 1, "2 images"),
+    ("train/a/0.png test/1.png", 1, 0, "1 images without classes"),
+    ("train/a/0.png val/1.png val/2.png test/a/3.png", 1, 1, "2 images without classes"),
+    ("train/a/0.png test/unknown/1.png", 1, 0, "holds folders 'unknown'"),
+    ("train/a/0.png val/notes.txt", 1, 0, "0 images without classes"),
+    ("train/a/0.png", 1, 0, "needs train/CLASS/image and val/CLASS/image"),
+    ("train/a/0.png val/a/1.png val/2.png", 1, 1, "1 image without a class"),
+    ("0.png a/1.png a/2.png", 0, 0, "2 image in a sub-folder")])
+def test_layouts_that_people_have(tmp_path, capsys, places, classes, test, said):
+    train, held = load_data("folder", populate(tmp_path, places))
+    assert len(train.classes) == classes and (len(held) if held else held) == (test or None)
+    assert said in capsys.readouterr().out
+    if held:
+        names = [{os.path.relpath(file, tmp_path) for file in x.files} for x in (train, held)]
+        assert not names[0] & names[1] and {*held.labels.tolist()} <= {*train.labels.tolist()}
+
+
+def test_a_set_is_known_by_its_names_sizes_and_labels(tmp_path):
+    def found(path):
+        return [fingerprint(part) for part in load_data("folder", str(path))]
+
+    first = tmp_path / "first"
+    places = "train/a/0.png train/b/1.png train/b/2.png val/a/3.png"
+    whole = found(populate(first, places))
+    assert whole == found(f"{first}/") and len({*whole}) == 2
+    moved = shutil.move(first, tmp_path / "moved")
+    assert found(moved) == whole
+    Image.new("RGB", (300, 300)).save(moved / "train/a/0.png")  # no longer held in memory
+    changed = [whole, found(moved)]
+    for change in (lambda: (moved / "train/b/2.png").unlink(),
+                   lambda: os.renames(moved / "train/b/1.png", moved / "train/a/1.png"),
+                   lambda: write(moved / "train/a/4.png")):
+        change()
+        changed.append(found(moved))
+    assert len({train for train, _ in changed}) == len(changed)
+    assert {test for _, test in changed[:2]} == {whole[1]}
+    sets = [Images(pictures(2, 3, 4, 4), torch.tensor(labels), classes)
+            for labels, classes in (([0, 1], "ab"), ([1, 0], "ab"), ([0, 1], "ac"))]
+    assert len({fingerprint(x) for x in sets}) == 3
+
+
+RAMP = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
+
+
+@pytest.mark.parametrize("values, end", [
+    *(((RAMP * (2**bits - 1)).round().astype(np.uint16), end)
+      for bits in (8, 10, 12, 14, 16) for end in ("png", "tif")),
+    *((values, "tif") for values in ((RAMP * 65535).astype(np.int32), RAMP, RAMP * 255, RAMP * 4095,
+                                     (RAMP * 4095).astype(np.int32)))])
+def test_grey_of_any_range_becomes_eight_bits(tmp_path, values, end):
+    Image.fromarray(values).save(tmp_path / f"a.{end}")
+    opened = Folder([str(tmp_path / f"a.{end}")], [0], ["only"]).open(0)
+    assert np.abs(np.asarray(opened)[..., 1] - 255 * RAMP).max() <= 1
+
+
+@pytest.mark.parametrize("values", [
+    RAMP - 0.5, RAMP * 3, RAMP * 1e5, np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32),
+    (RAMP * 4000 - 1000).astype(np.int32), (RAMP * 1e6).astype(np.int32)])
+def test_other_ranges_are_refused_by_name(tmp_path, values):
+    write(tmp_path / "0.png")
+    Image.fromarray(values).save(tmp_path / "wide.tif")
+    with pytest.raises(ValueError, match="wide.tif .values .*not 0 .. 1"):
+        load_data("folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("constant, warned", [(3, True), (2, False)])
+def test_images_of_a_single_level_are_warned_of(tmp_path, capsys, constant, warned):
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, 2, 3)).save(tmp_path / f"{i}.png")
+        if i >= constant:
+            write(tmp_path / f"{i}.png")
+    load_data("folder", str(tmp_path))
+    assert ("3 of 5 images looked at hold a single" in capsys.readouterr().err) == warned
+
+
+def truncated(path):
+    path.write_bytes((path.parent / "00.png").read_bytes()[:2000])
+
+
+@pytest.mark.parametrize("break_it, why", [
+    (lambda path: path.write_text("words"), "not an image"), (truncated, "truncated"),
+    (lambda path: path.symlink_to("/no/such"), "dead link"),
+    (lambda path: path.write_bytes(b""), "not an image"),
+    (lambda path: Image.new("1", (14000, 14000)).save(path), "too large"),
+    (lambda path: path.symlink_to(path), "Too many levels")])
+def test_an_unreadable_file_is_named_with_its_reason(tmp_path, capsys, break_it, why):
+    path = write_folder(tmp_path) / "train/only/05.png"
+    path.unlink()
+    break_it(path)
+    load_data("folder", str(tmp_path))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"unreadable, skipped: {path} (") and why in line
 
 
 TURNED = Image.new("L", (20, 40), 128)
