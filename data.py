@@ -11,6 +11,7 @@ A; in the form of BYOL, arXiv 2006.07733, appendix B).
 Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue.
 Letters: B images, S side of a view in pixels.
 """
+import functools
 import hashlib
 import itertools
 import math
@@ -523,17 +524,43 @@ def cut(image, index, epoch, seed, views, bicubic=False):
 
 def collate(items):
     views, index, bad = zip(*items)
-    return ([torch.stack(x) for x in zip(*views)], torch.tensor(index),
-            {i: why for found in bad for i, why in found.items()})
+    views = [torch.stack(x) for x in zip(*views)]
+    if torch.utils.data.get_worker_info():  # here, since an error in a worker's queue is lost
+        views = [x.share_memory_() for x in views]
+    return views, index, {i: why for found in bad for i, why in found.items()}
 
 
-def loaded(folder, keys, workers, device):
+@functools.lru_cache(maxsize=2)  # the train set and the test set
+def lasting_loader(folder, **options):
+    """A loader whose workers stay for its next keys: to spawn them anew takes seconds each."""
+    return torch.utils.data.DataLoader(folder, batch_sampler=[], persistent_workers=True, **options)
+
+
+def fetched(folder, keys, workers, device, stay):
+    """Batches of folder[key] as of `collate`; an error of a worker is a DataError of one line."""
+    # a dead worker raises where its batch is waited for, and not, by a signal, just anywhere
+    torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
+    options = dict(num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
+    try:
+        if workers and stay:
+            loader = lasting_loader(folder, **options)
+            loader.batch_sampler[:] = keys
+            yield from loader
+        else:
+            yield from torch.utils.data.DataLoader(folder, batch_sampler=keys, **options)
+    except (DataError, EOFError, OSError, RuntimeError) as error:
+        if not workers:
+            raise
+        text = str(error).strip().splitlines()[-1]  # before it is the traceback of the worker
+        raise DataError(f"a worker failed to read images: {text} (if shared memory is short: "
+                        "--workers 0, or docker run --shm-size 8g)") from error
+
+
+def loaded(folder, keys, workers, device, stay=False):
     """Batches of folder[key] -> (list of uint8 views (B, 3, S, S) on the device, index (B,))."""
-    batches = torch.utils.data.DataLoader(folder, batch_sampler=keys, num_workers=workers,
-                                          collate_fn=collate, pin_memory=device.type == "cuda")
-    for views, index, bad in batches:
+    for views, index, bad in fetched(folder, keys, workers, device, stay):
         folder.report(bad)
-        yield [x.to(device, non_blocking=True) for x in views], index
+        yield [x.to(device, non_blocking=True) for x in views], torch.tensor(index)
 
 
 def coloured(crops, draw, options):
@@ -583,7 +610,7 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256):
             yield normalize(center_crop(images, size)), data.labels[index]
         return
     keys = [[(partial(center_view, size=size), i) for i in piece.tolist()] for piece in pieces]
-    for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device)):
+    for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device, stay=True)):
         good = index == asked  # the others replace unreadable images
         if good.any():
             yield normalize(unit(images[good.to(device)])), data.labels[index[good]]

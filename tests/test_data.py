@@ -2,6 +2,8 @@
 import math
 import os
 import shutil
+import signal
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,8 +15,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from conftest import drawn
-from data import (MEAN, STD, Folder, Images, colour, crop, eval_batches, fingerprint,
-                  load_data, train_batches)
+from data import (MEAN, STD, DataError, Folder, Images, colour, crop, eval_batches, fingerprint,
+                  lasting_loader, load_data, loaded, train_batches)
 
 CPU = torch.device("cpu")
 VIEWS = [(16, (0.4, 1.0)), (8, (0.1, 0.4))]
@@ -359,7 +361,7 @@ def test_grey_of_any_range_becomes_eight_bits(tmp_path, values, end):
 def test_other_ranges_are_refused_by_name(tmp_path, values):
     write(tmp_path / "0.png")
     Image.fromarray(values).save(tmp_path / "wide.tif")
-    with pytest.raises(ValueError, match="wide.tif .values .*not 0 .. 1"):
+    with pytest.raises(DataError, match="wide.tif .values .*not 0 .. 1"):
         load_data("folder", str(tmp_path))
 
 
@@ -390,6 +392,57 @@ def test_an_unreadable_file_is_named_with_its_reason(tmp_path, capsys, break_it,
     load_data("folder", str(tmp_path))
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"unreadable, skipped: {path} (") and why in line
+
+
+# ---------- workers ----------
+
+def keep(image, index):
+    return [torch.full((3, 2, 2), index, dtype=torch.uint8)]
+
+
+def process(image, index):
+    return [torch.tensor([os.getpid(), index])]
+
+
+def fail(image, index, how):
+    if isinstance(how, Exception):
+        raise how
+    os.kill(os.getpid(), how)
+
+
+@pytest.mark.parametrize("how, text", [
+    (RuntimeError("out of\nshared memory"), "shared memory"), (OSError("disk"), "disk"),
+    (signal.SIGKILL, "exited unexpectedly"), (signal.SIGBUS, "exited unexpectedly")])
+def test_an_error_in_a_worker_ends_the_run_in_one_line(tmp_path, monkeypatch, how, text):
+    loaders = torch.utils.data.dataloader  # looks for dead workers every 5 s
+    monkeypatch.setattr(loaders._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    waiting = loaders._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waiting, "__defaults__", (0.1,))
+    write(tmp_path / "a.png")
+    folder, keys = Folder([str(tmp_path / "a.png")], [0], ["only"]), [[(partial(fail, how=how), 0)]]
+    for stay in (False, True):
+        with pytest.raises(DataError, match=f"^a worker failed.*{text}.*--workers 0.*shm") as error:
+            list(loaded(folder, keys, 1, CPU, stay))
+        assert "\n" not in str(error.value)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error within a step
+    lasting_loader.cache_clear()
+
+
+def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(tmp_path, monkeypatch):
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("no space")))
+    folder = Folder([str(tmp_path / "a.png")], [0], ["only"])
+    with pytest.raises(DataError, match="no space.*--workers 0"):
+        list(loaded(folder, [[(keep, 0)]], 1, CPU))
+
+
+def test_evaluations_share_their_workers_even_after_one_was_left(tmp_path):
+    folder = Folder(sorted(map(str, write_folder(tmp_path).rglob("*.png"))), [0] * 20, ["only"])
+    keys = [[(process, i) for i in range(k, k + 4)] for k in range(0, 20, 4)]
+    first = next(loaded(folder, keys, 2, CPU, stay=True))[0][0]  # the rest is left
+    again = [views[0] for views, _ in loaded(folder, keys[1:], 2, CPU, stay=True)]
+    assert torch.cat(again)[:, 1].tolist() == [*range(4, 20)]
+    assert first[0, 0] in torch.cat(again)[:, 0]
 
 
 TURNED = Image.new("L", (20, 40), 128)
