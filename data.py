@@ -142,15 +142,6 @@ def fingerprint(data):
     return hashlib.sha256(os.fsencode("\n".join([*data.classes, *facts]))).hexdigest()[:16]
 
 
-def fingerprint(data):
-    """Which images and labels a set holds: 16 hex digits, the same for a folder that was moved."""
-    facts = [*data.classes, *map(str, data.labels.tolist())]
-    if isinstance(data, Folder):
-        root = os.path.commonpath(data.files)
-        facts += [os.path.relpath(file, root) for file in data.files]
-    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
-
-
 def center_view(image, index, size):
     """Of a PIL image for evaluation, as published: short side to size·256/224, then the centre."""
     most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
@@ -551,7 +542,7 @@ def fetched(folder, keys, workers, device, stay):
     except (DataError, EOFError, OSError, RuntimeError) as error:
         if not workers:
             raise
-        text = str(error).strip().splitlines()[-1]  # before it is the traceback of the worker
+        text = (str(error).strip() or repr(error)).splitlines()[-1]  # behind the traceback
         raise DataError(f"a worker failed to read images: {text} (if shared memory is short: "
                         "--workers 0, or docker run --shm-size 8g)") from error
 
