@@ -63,7 +63,7 @@ def things(tmp_path_factory):
 WRONG = {
     "train": [  # the command line; sums; sizes; contradictions; given teachers; images; folders
         ("--unheard-of {long}", "--unheard-of"),
-        ("--arch vit_huge", "--arch|vit_huge|vit_small"),
+        ("--arch vit_giant", "--arch|vit_giant|vit_small"),
         ("--recipe dino", "--recipe|'dino'|dino-vits16-100ep"),
         ("--device {absent}", "--device {absent}|leave it out"),
         ("--lr fast", "--lr|fast"),
