@@ -161,11 +161,12 @@ def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, w
 
 def knn_scores(train_features, train_labels, test_features, num_classes, ks, temperature=0.07):
     """Weighted votes for several k from one search: (R, D), (R,), (M, D) -> {k: (M, C) float32}."""
-    train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
+    train, test = train_features.float(), F.normalize(test_features.float(), dim=1)
+    lengths = train.norm(dim=1).clamp_min(1e-12)
     scores = {k: test.new_zeros(len(test), num_classes) for k in ks}
-    rows = max(1, 2**26 // len(train))  # bounds the memory
+    rows = max(1, 2**23 // len(train))  # bounds the memory; a larger block leaves the cache
     for start in range(0, len(test), rows):
-        cos = test[start:start + rows] @ train.T
+        cos = (test[start:start + rows] @ train.T).div_(lengths)  # no normalised copy of R x D
         cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
         votes, labels = (cos / temperature).exp(), train_labels[nearest]
         for k in ks:
