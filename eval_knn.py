@@ -168,6 +168,8 @@ def knn_scores(train_features, train_labels, test_features, num_classes, ks, tem
     for start in range(0, len(test), rows):
         cos = (test[start:start + rows] @ train.T).div_(lengths)  # no normalised copy of R x D
         cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
+        if temperature < 0.02:  # exp would overflow; a factor per row changes no comparison
+            cos = cos - cos[:, :1]
         votes, labels = (cos / temperature).exp(), train_labels[nearest]
         for k in ks:
             scores[k][start:start + rows].scatter_add_(1, labels[:, :k], votes[:, :k])

@@ -1,6 +1,7 @@
 """k-NN: the weighted vote against its definition, frozen features, and the command line."""
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 
 import pytest
@@ -35,6 +36,16 @@ def test_scores_are_the_votes_of_the_nearest_weighted_by_similarity(k, temperatu
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     scores = knn_predict(references, labels, queries, 4, k, temperature)
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.005, 0.011])
+def test_a_low_temperature_lets_the_nearest_decide(temperature):
+    references, labels, queries = cloud(50, 8), torch.arange(50) % 4, cloud(20, 8, seed=1)
+    nearest = F.cosine_similarity(queries.unsqueeze(1), references, dim=2).argmax(1)
+    alike = torch.cat([queries, references])  # cosines of 1: exp(1 / .005) overflows
+    scores = knn_predict(references, labels, alike, 4, 20, temperature / 10)
+    assert scores.argmax(1).tolist() == [*labels[nearest].tolist(), *labels.tolist()]
+    assert knn_predict(references, labels, alike, 4, 20, temperature).isfinite().all()
 
 
 def test_accuracy_is_the_percentage_of_right_votes_and_centring_removes_an_offset():
@@ -107,3 +118,17 @@ def test_features_from_the_cache_are_the_features(folder, checkpoint, tmp_path, 
         if len(found) == 2:
             monkeypatch.delattr(eval_knn, "extract_features")  # the network rests
     assert found[:2] == found[2:] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_cache_never_serves_features_of_other_images(folder, checkpoint, tmp_path):
+    images, cache = shutil.copytree(folder, tmp_path / "images"), ("--cache", tmp_path / "cache")
+    first = evaluate(eval_knn, checkpoint, images, *cache)
+    old = sorted((images / "train" / "class0").iterdir())[0]
+    old.rename(images / "train" / "class1" / old.name)  # relabelled
+    evaluate(eval_knn, checkpoint, images, *cache)
+    (images / "train" / "class1" / old.name).unlink()
+    removed = evaluate(eval_knn, checkpoint, images, *cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    images.rename(tmp_path / "moved")
+    assert removed[1]["references"] == first[1]["references"] - 1
+    assert removed == evaluate(eval_knn, checkpoint, tmp_path / "moved", *cache)  # as moved

@@ -147,3 +147,18 @@ def test_two_steps_without_classes_equal_the_plain_loop(options, tmp_path, monke
     expected = loop(parse(*words), [*batches]) | dict(step=2)
     found = torch.load(out / "checkpoint.pt", weights_only=True)  # plain tensors
     assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=1e-5)
+
+
+def test_evaluation_draws_its_references_from_the_labelled(monkeypatch):
+    labels = torch.full((60_000,), -1)
+    labels[::10] = torch.arange(6000) % 3
+    sets = [SimpleNamespace(labels=labels), SimpleNamespace(labels=labels[:9])]
+    drawn = []
+
+    def extract(vit, data, size, pool, device, indices, *rest):
+        drawn.append(indices)
+        return torch.eye(3)[data.labels[indices]], data.labels[indices]
+    monkeypatch.setattr(train, "extract_features", extract)
+    args = SimpleNamespace(image_size=32, workers=0)
+    train.evaluate(args, System(parse()), sets, "mean", "cpu", lambda: None)
+    assert drawn[0].tolist() == list(range(0, 60_000, 10)) and drawn[1].tolist() == [0]
