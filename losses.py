@@ -145,7 +145,8 @@ def angle_vertices(vertices, N, device):
         raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
     if not len(vertices):
         raise ValueError("no vertices: an angle needs at least one")
-    return vertices.to(device, non_blocking=True)
+    pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then
+    return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
 
 
 def pull_loss(student, teacher):
@@ -289,8 +290,8 @@ def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.
 
     def log_p(x, temperature):
         N = len(x)
-        others = cosines(x, x)[~torch.eye(N, dtype=torch.bool, device=x.device)]
-        return (others.view(N, N - 1) / temperature).log_softmax(1)
+        rows = cosines(x, x).flatten()[1:].view(N - 1, N + 1)  # the diagonal is the last column
+        return (rows[:, :-1].reshape(N, N - 1) / temperature).log_softmax(1)
 
     return F.kl_div(log_p(student, student_temperature),
                     log_p(teacher.detach(), teacher_temperature),
@@ -396,7 +397,8 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
     student, teacher = (hidden_rows(x, mask) for x in (student_logits, teacher_logits))
     weight = mask / (mask.sum(1, keepdim=True).clamp_min(1) * len(mask))  # (B, N)
     loss = soft_cross_entropy(student, teacher, center, student_temperature, teacher_temperature)
-    return (loss * weight[mask].to(loss.device)).sum()
+    weight = weight[mask].pin_memory() if loss.is_cuda and not mask.is_cuda else weight[mask]
+    return (loss * weight.to(loss.device, non_blocking=True)).sum()
 
 
 # ---- masked prediction: what is under the mask? ------------------------------------------------

@@ -30,6 +30,13 @@ def patchify(images, patch_size):
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
+def to_device(index, device):
+    """A tensor on the device; from the CPU through pinned memory, else a GPU would finish first."""
+    if device.type == "cuda" and index.device.type == "cpu":
+        index = index.pin_memory()
+    return index.to(device, non_blocking=True)
+
+
 def sincos_positions(grid, dim):
     """Fixed 2-D positions, in MAE's order: grid (gh, gw) -> (1, 1 + N, D), zeros for CLS.
 
@@ -215,14 +222,14 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"dropping needs as many visible patches in each image, not "
                                  f"{min(visible)} to {max(visible)}")
             kept = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible[0]]  # (B, V)
-            kept = kept.to(images.device, non_blocking=True)
+            kept = to_device(kept, images.device)
             rows = torch.arange(B, device=images.device).unsqueeze(1)
             patches = patches[rows, kept]  # (B, V, 3, P, P), in order
             x = self.patch_embed(patches) + pos[0, 1:][kept]
         else:
             x = self.patch_embed(patches)
             if mask is not None:
-                mask = mask.to(images.device, non_blocking=True)
+                mask = to_device(mask, images.device)
                 x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
             x = x + pos[:, 1:]
         tokens = [(self.cls_token + pos[:, :1]).expand(B, -1, -1), x]
@@ -330,9 +337,11 @@ class Decoder(nn.Module):
             raise ValueError(f"{tokens.shape[1] - 1} visible tokens an image, but the mask leaves "
                              f"{(~mask).sum(1).tolist()[:8]}")
         x = self.embed(tokens)
-        places = self.mask_token.to(x.dtype).expand(*mask.shape, -1).clone()  # (B, N, width)
-        places[~mask] = x[:, 1:].flatten(0, 1)  # row by row, as they were cut out
-        x = torch.cat([x[:, :1], places], 1) + self.pos_embed
+        tokens = self.mask_token.to(x.dtype).expand(len(x), mask.shape[1] + 1 - x.shape[1], -1)
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first
+        place = to_device(order.argsort(1), x.device).unsqueeze(2)  # of each patch in that order
+        patches = torch.cat([x[:, 1:], tokens], 1).gather(1, place.expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], 1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))
 
 

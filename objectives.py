@@ -28,7 +28,7 @@ from losses import (average, byol_loss, cka_loss, cosines, dino_views_loss, feat
                     info_nce_loss, masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
                     pixel_loss, pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss,
                     standardize)
-from model import ARCHS, Decoder, PrototypeHead, mlp_head, patchify, pool_tokens
+from model import ARCHS, Decoder, PrototypeHead, mlp_head, patchify, pool_tokens, to_device
 from randomness import fold
 from weights import listed, misfits, open_backbone
 
@@ -153,6 +153,14 @@ class Batch:
     def teacher_points(self, term):
         return on_views(self.teacher.heads[term], self.teacher_features)
 
+    @cached_property
+    def hidden(self):  # (M,), places of the hidden patches among all; on the networks' device
+        return to_device(self.mask.flatten().nonzero().flatten(), self.globals.device)
+
+    def at_hidden(self, x):
+        """(G·B, N, ..) -> the rows of the hidden patches, (M, ..)."""
+        return x.flatten(0, 1)[self.hidden]
+
     @property
     def temperatures(self):
         """Of student and teacher; the teacher's moves linearly over `teacher_warmup` of a run."""
@@ -267,7 +275,8 @@ def rkd(batch):
     if args.patch_weight:  # among the patches of one crop: (G·B, N, D)
         student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
         if batch.mask is not None and args.hide == "drop":
-            teacher = teacher[~batch.mask].view(*student.shape[:2], -1)
+            seen = to_device((~batch.mask).flatten().nonzero().flatten(), teacher.device)
+            teacher = teacher.flatten(0, 1)[seen].view(*student.shape[:2], -1)
         patches = relations(student, teacher, args)
         total = total + args.patch_weight * weigh(patches)
         losses |= {f"patch_{name}": loss for name, loss in patches.items()}
@@ -410,9 +419,9 @@ def ibot(batch):
     head, theirs = batch.student.heads["ibot"], batch.teacher.heads["ibot"]
     with torch.no_grad():
         z = theirs.embed(batch.teacher_tokens[:, 1:])  # (G·B, N, bottleneck)
-        target = theirs.logits(z[batch.mask])  # (M, K)
+        target = theirs.logits(batch.at_hidden(z))  # (M, K)
         center = batch.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
-    patch = masked_patch_loss(head(batch.tokens[:, 1:][batch.mask]), target, batch.mask, center,
+    patch = masked_patch_loss(head(batch.at_hidden(batch.tokens[:, 1:])), target, batch.mask, center,
                               *batch.temperatures)
     return image + patch, {"ibot_image": image, "ibot_patch": patch}
 
@@ -425,14 +434,13 @@ OBJECTIVES["ibot"] = Term(
 
 def per_patch(loss, mask):
     """A mean over this rank's hidden patches, weighed as their share of those of all ranks."""
-    hidden = mask.sum().to(loss)
+    hidden = loss.new_full((), int(mask.sum()))
     everyone = gather(hidden.unsqueeze(0)).mean()
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
 
 
-def error_of_mean(patches, mask, p):
-    """What predicting the mean hidden patch of the batch would cost: a floor to beat."""
-    hidden = patches[mask]
+def error_of_mean(hidden, p):
+    """What predicting the mean hidden patch of the batch would cost: a floor to beat. (M, ..)."""
     return average((hidden - hidden.mean(0)).abs() ** p)
 
 
@@ -443,8 +451,8 @@ def beit(batch):
     BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; pixels
     normalised by ImageNet's statistics; the mask token does not decay.
     """
-    words = batch.tokenizer(batch.globals)[batch.mask]  # (M,)
-    logits = batch.student.predictors["beit"](batch.tokens[:, 1:][batch.mask])  # (M, K)
+    words = batch.at_hidden(batch.tokenizer(batch.globals))  # (M,)
+    logits = batch.student.predictors["beit"](batch.at_hidden(batch.tokens[:, 1:]))  # (M, K)
     loss = per_patch(masked_token_loss(logits, words, batch.mask), batch.mask)
     return loss, {"beit_accuracy": lambda: (logits.argmax(1) == words).sum() / max(1, len(words)),
                   "beit_commonest": lambda: words.bincount(minlength=1).max() / max(1, len(words))}
@@ -483,10 +491,10 @@ def mae(batch):
     Mean squared error of a light decoder's pixels, each patch standardised. Deviation: a share that
     is no whole number of patches is rounded, where MAE hides one more (177 of 196 at .9, here 176).
     """
-    patches = patchify(batch.globals, batch.args.patch_size).flatten(2)  # (G·B, N, 3·P·P)
+    patches = batch.at_hidden(patchify(batch.globals, batch.args.patch_size).flatten(2))
     prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
-    return (pixel_loss(prediction, patches, batch.mask),
-            {"mean_patch_mae": partial(error_of_mean, standardize(patches), batch.mask, 2)})
+    return (pixel_loss(batch.at_hidden(prediction), patches, batch.mask),  # (M, 3·P·P)
+            {"mean_patch_mae": lambda: error_of_mean(standardize(patches), 2)})
 
 OBJECTIVES["mae"] = Term(
     mae, teacher=False, views=1, hide="drop", defaults=dict(mask="random", mask_ratio=0.75),
@@ -500,11 +508,12 @@ def simmim(batch):
     Deviations: absolute positions, no LayerScale; a cosine schedule for a step at 7/8; the mask
     token does not decay; without the recipe's ratio 29 of 49 squares at .6, where SimMIM has 30.
     """
-    patches = patchify(batch.globals, batch.args.patch_size).flatten(2)
-    prediction = batch.student.predictors["simmim"](batch.tokens[:, 1:][batch.mask])  # (M, 3·P·P)
+    patches = batch.at_hidden(patchify(batch.globals, batch.args.patch_size).flatten(2))
+    tokens = batch.at_hidden(batch.tokens[:, 1:])
+    prediction = batch.student.predictors["simmim"](tokens)  # (M, 3·P·P)
     loss = pixel_loss(prediction, patches, batch.mask, normalize=False, p=1)
     return (per_patch(loss, batch.mask),
-            {"mean_patch_simmim": partial(error_of_mean, patches, batch.mask, 1)})
+            {"mean_patch_simmim": partial(error_of_mean, patches, 1)})
 
 OBJECTIVES["simmim"] = Term(
     simmim, teacher=False, views=1, hide="token", defaults=dict(mask="random", mask_ratio=0.6),
@@ -518,9 +527,11 @@ def dbot(batch):
     norm. After each stage the student becomes the teacher and a fresh student starts
     (`System.next_stage`), with the optimizer kept, as in its code. Deviations: none known.
     """
-    target = standardize(batch.unnormed)  # (G·B, 1 + N, D)
-    prediction = batch.student.predictors["dbot"](batch.tokens, batch.mask)
-    return feature_loss(prediction, target, F.pad(batch.mask, (1, 0), value=True), beta=2.0), {}
+    mask = F.pad(batch.mask, (1, 0), value=True)  # with CLS
+    at = to_device(mask.flatten().nonzero().flatten(), batch.globals.device)
+    target = standardize(batch.unnormed.flatten(0, 1)[at])  # (G·B + M, D)
+    prediction = batch.student.predictors["dbot"](batch.tokens, batch.mask).flatten(0, 1)[at]
+    return feature_loss(prediction, target, mask, beta=2.0), {}
 
 OBJECTIVES["dbot"] = Term(
     dbot, views=1, hide="drop",

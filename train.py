@@ -300,10 +300,11 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
     if args.mask == "attention":
         seen = [system.teacher.backbone.last_attention(view).mean(1)
                 for view in weak[:args.global_crops]]
-        return attention_mask(torch.cat(seen).float(),
+        mask = attention_mask(torch.cat(seen).float().cpu(),  # a GPU has to finish here
                               own(ratio) if torch.is_tensor(ratio) else ratio)
-    unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
-    mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
+    else:
+        unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
+        mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
     return mask.pin_memory() if next(system.parameters()).is_cuda else mask
 
 
