@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -112,24 +113,19 @@ def options():
 
     add = parser.add_argument_group("losses").add_argument
     add("--distance-weight", type=number(0), default=1.0, help="rkd: of distances")
-    add("--distance-power", type=number(0), default=1.0,
-        help="rkd: exponent of the teacher's distances; 0 makes all equal (a control)")
+    add("--distance-power", type=number(0), default=1.0, help="rkd: of the teacher; 0: all equal")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles (Park et al.: 2)")
-    add("--angle-vertices", type=positive,
-        help="rkd: angles at so many images per step, drawn at random; default: all up to 256")
-    add("--pull-weight", type=number(0), default=0.05,
-        help="rkd: between two views; 0: pure relations (default with --teacher-checkpoint)")
+    add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256")
+    add("--pull-weight", type=number(0), default=0.05, help="rkd; 0 with a given teacher")
     add("--patch-weight", type=number(0), default=0.0, help="rkd: among the patches of an image")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
         help="dino, ibot, ressl: start and end; a lower start against collapse")
     add("--teacher-warmup", type=fraction, default=0.3, help="share of the run from start to end")
-    add("--freeze-last-layer", type=fraction, default=0.0,
-        help="share of the run with fixed prototypes; more if the loss rises")
+    add("--freeze-last-layer", type=fraction, default=0.0, help="share with fixed prototypes")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--batch-size", type=positive, default=128,
-        help="images per step over all processes; relations like the largest that fits")
+    add("--batch-size", type=positive, default=128, help="images per step, all processes together")
     add("--grad-accum", type=positive, default=1, help="pieces per batch; no relations across them")
     add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
@@ -137,8 +133,7 @@ def options():
     add("--min-lr", type=number(0), default=0.0, help="at the end")
     add("--warmup", type=fraction, default=0.1, help="share of the run; more if unstable")
     add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start end (cosine)")
-    add("--decay", default="matrices", choices=DECAY,
-        help="what weight decay acts on; tokens: also on them and on positions")
+    add("--decay", default="matrices", choices=DECAY, help="what it acts on; tokens: these too")
     add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW; lower if the loss jumps")
     add("--adam-eps", type=number(0), default=1e-6, help="AdamW; published: 1e-8")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
@@ -523,13 +518,13 @@ class Log:
 
 # ---- evaluating and stepping -------------------------------------------------------------------
 
-def evaluate(args, system, sets, pool, device, alive):
+def evaluate(args, system, sets, device, alive, pool=None):
     """k-NN accuracy of frozen features, plain and centred, in percent, and their rank."""
     labelled = [(data.labels >= 0).nonzero().flatten() for data in sets]
     # of large sets 50,000 images, evenly spaced
     some = [x[torch.linspace(0, len(x) - 1, min(len(x), 50000)).long()] for x in labelled]
-    train, test = [extract_features(system.eval_network.backbone, data, args.image_size, pool,
-                                    device, indices, args.workers, alive)
+    train, test = [extract_features(system.eval_network.backbone, data, args.image_size,
+                                    pool or args.pool, device, indices, args.workers, alive)
                    for data, indices in zip(sets, some)]
     found = dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
                  knn_top1_centered=knn_top1(train, test, center=True))
@@ -742,9 +737,14 @@ def main():
                 print(f"{args.data_path} has no classes, or no val/ or test/: training without "
                       "k-NN")
     try:
-        return train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row)
+        status = train(args, system, optimizer, train_set, test_set, start, stop, total, skipped,
+                       row)
     except DataError as error:
         parser.error(error)
+    watch(None)
+    if world > 1:
+        dist.destroy_process_group()
+    return status
 
 
 def train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row):
@@ -760,9 +760,8 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
         if evaluating and asked:  # the state was saved before the evaluation
             sys.exit(128 + asked[-1])
 
-    def measure(pool=args.pool):
-        return evaluate(args, system, (train_set, test_set), pool, device, alive)
-
+    measure = partial(evaluate, args, system, (train_set, test_set), device, alive)
+    keep = partial(save, args, system, optimizer, train_set)
     catch_up(log, row, start, measure, test_set)
     batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
@@ -783,7 +782,7 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
         except DataError:  # the images cannot be read any more: keep the state before this step
             system.state = centers
             if rank == 0:
-                save(args, system, optimizer, train_set, step=step, skipped_steps=skipped)
+                keep(step=step, skipped_steps=skipped)
             raise
         norm = clip(system, args.clip_grad, args.clip_each)
         finite = math.isfinite(norm)
@@ -813,7 +812,7 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
                        **batches.speed(args))
             # saved before it is evaluated, which can take long; not while steps are being skipped
             if rank == 0 and (saving and finite or left_by or done == stop):
-                saved = save(args, system, optimizer, train_set, step=done, skipped_steps=skipped,
+                saved = keep(step=done, skipped_steps=skipped,
                              row=row | dict(evaluating=evaluating))
             if not (left_by and evaluating):  # else the resumed run evaluates
                 row |= measure() if evaluating else {}
@@ -825,29 +824,26 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
     bar.close()
     if rank == 0:
         if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # the folder is gone,
-            saved = save(args, system, optimizer, train_set, step=done,  # or --resume of a
-                         skipped_steps=skipped)  # finished run's path
-        draw(args, train_set, test_set, left_by)
-        print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see "
-              f"{args.out_dir}" if saved else f"step {done} of {total} is NOT saved: make room in "
-              f"{args.out_dir}, and the same command continues from its last saved step",
-              file=sys.stdout if saved else sys.stderr)
-    watch(None)
-    if world > 1:
-        dist.destroy_process_group()
+            saved = keep(step=done, skipped_steps=skipped)  # or --resume of a finished run's path
+        finish(args, (train_set, test_set), done, total, left_by, saved)
     # 128 + signal: a scheduler restarts it; the same command continues
     return 1 if not saved else 128 + left_by if left_by else 0
 
 
-def draw(args, train_set, test_set, left_by):
-    """The pictures of a run. Whatever goes wrong here is a warning: the run itself is saved."""
+def finish(args, sets, done, total, left_by, saved):
+    """The pictures of a run, and where everything is. What goes wrong here is only a warning."""
     try:
         analyze.curves(args.out_dir)
         if not left_by:  # seconds count then
-            analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint,
-                          (train_set, test_set))
+            analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint, sets)
     except Exception as error:
         warn(f"could not draw into {args.out_dir} ({type(error).__name__}: {error})")
+    if saved:
+        print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see "
+              f"{args.out_dir}")
+    else:
+        print(f"step {done} of {total} is NOT saved: make room in {args.out_dir}, and the same "
+              "command continues from its last saved step", file=sys.stderr)
 
 
 if __name__ == "__main__":
