@@ -16,6 +16,7 @@ Left out: LARS and batches of 16384; MAE-like features gain about a point from t
 import math
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import train_batches
@@ -25,39 +26,34 @@ from randomness import generator
 
 
 class Heads:
-    """L linear classifiers side by side, each with its learning rate: one product for all.
+    """L linear classifiers side by side, each with its learning rate: one product for several.
 
-    Images come last, so that the softmax over a few classes works on long rows.
+    The bias is the weight of a feature that is always 1.
     """
 
     def __init__(self, lrs, width, classes, device="cpu"):
         self.lrs = torch.tensor(lrs, device=device).view(-1, 1, 1)
-        shapes = (len(lrs), classes, width), (len(lrs), classes, 1)
-        self.weight, self.bias = (torch.zeros(shape, device=device) for shape in shapes)
-        self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.parameters = self.weight.mT, self.bias.mT  # views, (L, D, C) and (L, 1, C)
-
-    def by_class(self, x):
-        """(B, D) -> logits (L, C, B)."""
-        logits = torch.addmm(self.bias.view(-1, 1), self.weight.flatten(0, 1), x.T)
-        return logits.view(*self.bias.shape[:2], -1)
+        self.weight = torch.zeros(len(lrs), classes, width + 1, device=device)
+        self.velocity = torch.zeros_like(self.weight)
+        self.parameters = self.weight[..., :-1].mT, self.weight[..., -1:].mT  # views, (L, ., C)
 
     def logits(self, x):
         """(B, D) -> (L, B, C)."""
-        return self.by_class(x).mT
+        return F.pad(x, (0, 1), value=1.0) @ self.weight.mT
 
     def step(self, x, labels, progress):
         """One SGD step on features (B, D): d cross-entropy / d logits = softmax - one-hot."""
-        error = self.by_class(x)
-        error.sub_(error.amax(1, keepdim=True)).exp_()
-        error.div_(error.sum(1, keepdim=True))  # in place: each copy has L·C·B numbers
-        error[:, labels, torch.arange(len(x), device=x.device)] -= 1
-        error /= len(x)
-        gradients = error @ x, error.sum(2, keepdim=True)
-        lrs = self.lrs * (1 + math.cos(math.pi * progress)) / 2
-        for parameter, velocity, gradient in zip((self.weight, self.bias), self.velocities,
-                                                 gradients):
-            parameter.addcmul_(velocity.mul_(0.9).add_(gradient), lrs, value=-1)
+        x, images = F.pad(x, (0, 1), value=1.0), torch.arange(len(x), device=x.device)
+        lrs, C = self.lrs * (1 + math.cos(math.pi * progress)) / 2, self.weight.shape[1]
+        heads = max(1, 2**20 // (C * len(x)))  # at a time: their logits stay in the cache
+        parts = (part.split(heads) for part in (self.weight, self.velocity, lrs))
+        for weight, velocity, lr in zip(*parts):
+            error = (x @ weight.flatten(0, 1).T).view(len(x), -1, C)
+            error.sub_(error.amax(2, keepdim=True)).exp_()
+            error.div_(error.sum(2, keepdim=True))  # in place, F.softmax is slow on few classes
+            error[images, :, labels] -= 1
+            velocity.flatten(0, 1).addmm_(error.flatten(1).T, x, beta=0.9, alpha=1 / len(x))
+            weight.addcmul_(velocity, lr, value=-1)
 
     def accuracy(self, x, labels):
         """Percent right of each head, a list of L."""

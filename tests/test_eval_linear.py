@@ -33,9 +33,10 @@ def test_steps_are_those_of_sgd_with_momentum_on_the_cross_entropy():
         assert_close(ours[0], theirs.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_learning_rates_side_by_side_equal_each_alone():
+@pytest.mark.parametrize("classes", [3, 20000])  # 20,000: two heads at a time
+def test_learning_rates_side_by_side_equal_each_alone(classes):
     lrs, x, labels = [0.0, 0.1, 1.0], cloud(20, 6), torch.arange(20) % 3
-    together, alone = start(lrs), [start([lr]) for lr in lrs]
+    together, *alone = (start(own, classes=classes) for own in (lrs, *([lr] for lr in lrs)))
     for heads in (together, *alone):
         for step in range(4):
             heads.step(x, labels, step / 4)
