@@ -1,25 +1,23 @@
-"""How fast, against what? Every row is a ratio to a plain reference of the same mathematics.
+"""How fast, against what? Each row is a ratio to what the authors' code does, written out here.
 
     ratio = time of the reference / time of ours, both in this process, taking turns
 
-    angle N        angle relation of N points; reference: all cosines at once
-    ibot, dino     training step, 2 x 224 px, batch 8; reference: a forward per view
-    dropped        student with 75 % of its patches left out; reference: mask tokens
-    fresh views    training step at 32 px with new views; reference: the same views again
-    views          500 x 375 JPEGs to 2 x 224 + 8 x 96 px; reference: PIL
-    block masks    1024 masks of 14 x 14 patches; reference: BEiT's generator
-    k-NN           200 queries, four k; reference: one search per k
-    probe          linear probe at ten learning rates; reference: one probe per learning rate
+    distance N     relation of N points; reference: RKD (lenscloth/RKD), one product a side
+    angle N        the same; reference: RKD's unit vectors (N, N, D) and all cosines
+    ibot ARCH      step of 2 x 224 px, batch 8, 8192 prototypes; reference: bytedance/ibot
+    dino ARCH      .. of 2 x 224 + 8 x 96 px, 65,536 prototypes; reference: facebookresearch/dino
+    views          500 x 375 JPEGs to 2 x 224 + 8 x 96 px; reference: DINO's augmentation by PIL
+    block masks    1024 masks of 14 x 14 patches; reference: BEiT's generator (microsoft/unilm)
+    k-NN one, four 200 queries, so many k; reference: DINO's eval_knn.py, a search per k
+    probe C        linear probe on C classes at ten learning rates; reference: DINO's, one by one
     train          on a GPU, without a reference: images/s, peak memory and utilisation
 
-tests/test_bench.py holds each reference to our result. A ratio can be checked on any machine,
-seconds cannot. Printed are medians, quartiles of the ratio and peak memory: of the process on a
-CPU (Linux, one thread), of the allocator on a GPU.
+tests/test_bench.py holds each reference to our result. Printed are medians, quartiles of the ratio
+and peak memory: of the process on a CPU (Linux, one thread), of the allocator on a GPU.
 
-    python bench.py --quick              # two minutes; without it, ten
-    python bench.py --only angle views   # some rows
-    python bench.py --scale scale.png    # time and memory of the relations as their points grow
-    python bench.py --only train --arch vit_small --batch-size 256         # on a GPU
+    python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
+    python bench.py --scale scale.png            # time and memory of relations as points grow
+    python bench.py --only train --arch vit_small --batch-size 256   # on a GPU
 """
 import ctypes
 import io
@@ -30,6 +28,7 @@ import random
 import statistics
 import time
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -41,54 +40,59 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import encode_jpeg
 
 import train
-from data import MEAN, STD, Folder, load_data, train_batches
+from data import MEAN, STD, Folder, train_batches
 from eval_knn import Parser, knn_scores, whole
 from eval_linear import Heads
 from losses import rkd_angle_loss, rkd_distance_loss
-from masking import block_mask, random_mask
+from masking import block_mask
 from model import ARCHS, ema_update
 from objectives import System
 
 
 # ---- relations -----------------------------------------------------------------------------------
 
-def dense_distance(student, teacher):
-    """RKD-D from all differences: (N, N, D) in memory."""
+def original_distance(student, teacher):
+    """RKD-D as in metric/loss.py of lenscloth/RKD: squares by one product, in float32."""
     def normalized(x):
-        distances = (x.unsqueeze(0) - x.unsqueeze(1)).norm(dim=-1)
-        return distances / (distances.sum() / (N * (N - 1)))
+        lengths = x.square().sum(1)
+        squares = lengths.unsqueeze(1) + lengths - 2 * x @ x.T
+        distances = squares.clamp(min=1e-12).sqrt().clone()
+        distances[range(N), range(N)] = 0
+        return distances / distances[distances > 0].mean()
 
     N = len(student)
     loss = F.smooth_l1_loss(normalized(student), normalized(teacher.detach()))
-    return loss * N / (N - 1)  # distinct pairs only
+    return loss * N / (N - 1)  # ours: distinct pairs only
 
 
-def dense_angle(student, teacher):
-    """RKD-A from all unit vectors (N, N, D) and all cosines (N, N, N)."""
+def original_angle(student, teacher):
+    """RKD-A as there: all unit vectors (N, N, D) and all cosines (N, N, N)."""
     def cosines(x):
         unit = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=-1)
-        return unit @ unit.mT
+        return torch.bmm(unit, unit.mT)
 
     N = len(student)
     loss = F.smooth_l1_loss(cosines(student), cosines(teacher.detach()))
-    return loss * N**2 / ((N - 1) * (N - 2))  # distinct triplets only
+    return loss * N**2 / ((N - 1) * (N - 2))  # ours: distinct triplets only
 
 
-def relation(loss, N, device):
-    """Forward and backward of a relation between N points, as a function to time."""
+def relation(N, device, *losses):
+    """Forward and backward of relations between N points, as functions to time."""
     student, teacher = torch.randn(2, N, 256, device=device)
     student.requires_grad_()
-    return lambda: torch.autograd.grad(loss(student, teacher), student)
+    return [lambda loss=loss: torch.autograd.grad(loss(student, teacher), student)
+            for loss in losses]
 
 
 # ---- a step of training --------------------------------------------------------------------------
 
-def plain_vit(vit, images, mask=None):
-    """The same network as written on paper: a convolution, explicit attention -> (B, 1 + N, D)."""
-    x = vit.patch_embed.proj(images).flatten(2).mT
+def original_vit(vit, images, mask=None):
+    """DINO's and iBOT's network: a convolution, explicit attention -> (B, 1 + N, D)."""
+    x = vit.patch_embed.proj(images)
+    grid, x = tuple(x.shape[2:]), x.flatten(2).mT
     if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), vit.mask_token, x)
-    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + vit.pos_embed
+        x = torch.where(mask.to(x.device).unsqueeze(-1), vit.mask_token, x)
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + vit.positions(grid)
     for block in vit.blocks:
         q, k, v = block.attn.heads(block.norm1(x))
         mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
@@ -97,89 +101,84 @@ def plain_vit(vit, images, mask=None):
     return vit.norm(x)
 
 
-def plain_dino(system, views, mask=None):
-    """DINO of two views, a forward per view; with a mask iBOT, the head on every token."""
-    def logits(network, view, hidden=None):
-        return network.heads[name](plain_vit(network.backbone, view, hidden)[:, tokens])
+def original_logits(network, name, tokens, views, mask=None):
+    """Views of one size share a forward, all views one call of the head: (B, tokens, K) each."""
+    sizes = [torch.cat([*group]) for _, group in groupby(views, key=lambda x: x.shape[-1])]
+    x = torch.cat([original_vit(network.backbone, images, mask)[:, tokens] for images in sizes])
+    head = network.heads[name]
+    unit = torch._weight_norm(head.prototypes, torch.ones_like(head.prototypes[:, :1]), 0)
+    return F.linear(F.normalize(head.mlp(x), dim=-1), unit).chunk(len(views))
 
-    def cross_entropy(student, teacher, center):
-        target = ((teacher - center) / system.args.teacher_temperature[0]).softmax(-1)
-        return -(target * (student / system.args.temperature).log_softmax(-1)).sum(-1)
 
-    name, tokens, masks = "dino", slice(0, 1), [None, None]
-    if mask is not None:
-        name, tokens, masks = "ibot", slice(None), mask.to(views[0].device).chunk(2)
+def original_loss(system, views, mask=None):
+    """DINO's loss (main_dino.py), or with a mask iBOT's (main_ibot.py), its head on every token.
+
+    As there, the softmax of a teacher's view is computed once, that of a student's once per pair.
+    """
+    def target(teacher, center):
+        return ((teacher - center) / system.args.teacher_temperature[0]).softmax(-1)
+
+    def cross_entropy(student, p):
+        return -(p * (student / system.args.temperature).log_softmax(-1)).sum(-1)
+
+    name, tokens = ("dino", slice(0, 1)) if mask is None else ("ibot", slice(None))
     with torch.no_grad():
-        teacher = [logits(system.teacher, view) for view in views]  # (B, 1 or 1 + N, K) each
-    student = [logits(system.student, *both) for both in zip(views, masks)]
-    state, loss = system.state, 0
-    for s, t, other, hidden in zip(student, teacher, teacher[::-1], masks):
-        loss = loss + cross_entropy(s[:, 0], other[:, 0], state[name]).mean() / 2
-        if mask is not None:
-            each = cross_entropy(s[:, 1:], t[:, 1:], state["ibot_patch"]) * hidden  # (B, N)
-            loss = loss + (each.sum(1) / hidden.sum(1).clamp_min(1)).mean() / 2
-    mean = (teacher[0] + teacher[1]).mean(0) / 2  # (1 or 1 + N, K)
+        teacher = original_logits(system.teacher, name, tokens, views[:2])
+    student = original_logits(system.student, name, tokens, views, mask)
+    state, mean = system.state, torch.cat(teacher).mean(0)  # (tokens, K)
+    targets = [target(t[:, 0], state[name]) for t in teacher]
     state[name] = 0.9 * state[name] + 0.1 * mean[0]
+    pairs = [cross_entropy(s[:, 0], p).mean()
+             for i, p in enumerate(targets) for j, s in enumerate(student) if i != j]
+    loss = sum(pairs) / len(pairs)
     if mask is not None:
+        for s, t, hidden in zip(student, teacher, mask.to(mean.device).chunk(2)):
+            each = cross_entropy(s[:, 1:], target(t[:, 1:], state["ibot_patch"])) * hidden  # (B, N)
+            loss = loss + (each.sum(1) / hidden.sum(1).clamp_min(1)).mean() / 2
         state["ibot_patch"] = 0.9 * state["ibot_patch"] + 0.1 * mean[1:].mean(0)
     return loss
 
 
-def plain_ema(teacher, student, momentum):
+def original_ema(teacher, student, momentum):
     for t, s in zip(teacher.parameters(), student.parameters()):  # predictors come last
         t.data.mul_(momentum).add_((1 - momentum) * s.detach())
 
 
 def training_system(loss, arch, device, batch, size=224, **options):
-    """(system, views, mask) of one batch, with the published heads."""
+    """(system, views, mask) of one batch, with published heads; local views have 3/7 of a side."""
     options = {"image-size": size, "patch-size": 16, "pool": "cls", "prototypes": 8192,
                "projection": 256, "head-hidden": 2048, "temperature": 0.1} | options
     args = train.parse([f"--loss={loss}", f"--arch={arch}", f"--batch-size={batch}",
                         "--no-head-batchnorm", *(f"--{name}={x}" for name, x in options.items())])
     system = System(args).to(device)
-    views = list(torch.randn(args.global_crops, batch, 3, size, size).to(device))
+    views = [torch.randn(batch, 3, side, side, device=device)
+             for side in [size] * args.global_crops + [size * 3 // 7] * args.local_crops]
     return system, views, train.draw_masks(args, system, 0, 0, views)
 
 
-def stepper(system, plain=False, autocast=False):
+def stepper(system, original=False, autocast=False):
     """A function of (views, mask): loss, gradient, clipping, AdamW and moving average."""
     parameters = [p for p in system.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False, fused=not plain)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=None if original else True)
 
     def step(views, mask):
         with torch.autocast(views[0].device.type, torch.bfloat16, enabled=autocast):
-            loss = plain_dino(system, views, mask) if plain else system(views, views, mask)[0]
+            loss = original_loss(system, views, mask) if original else system(views, views, mask)[0]
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 3.0)
         optimizer.step()
         optimizer.zero_grad()
         if system.teacher:
-            (plain_ema if plain else ema_update)(system.teacher, system.student, 0.99)
+            (original_ema if original else ema_update)(system.teacher, system.student, 0.99)
     return step
 
 
-def training_step(loss, arch, device):
+def training_step(loss, arch, device="cpu", **options):
     contenders = []
-    for plain in (True, False):
-        system, views, mask = training_system(loss, arch, device, 8)
-        contenders.append(partial(stepper(system, plain), views, mask))
+    for original in (True, False):
+        system, views, mask = training_system(loss, arch, device, 8, **options)
+        contenders.append(partial(stepper(system, original), views, mask))
     return contenders
-
-
-def fresh_views(device, batch):
-    system, _, mask = training_system("rkd", "vit_mini", device, batch, 32, **{"patch-size": 4})
-    data, _ = load_data("textures")
-    batches = train.open_batches(system.args, data, 0, 10**9, 0, 1, torch.device(device))
-    step, (_, _, same) = stepper(system), next(batches)
-    return lambda: step(same, mask), lambda: step(next(batches)[2], mask)
-
-
-def dropped(device):
-    """Forward and backward of a student with mask tokens, and with hidden patches left out."""
-    vit = ARCHS["vit_tiny"]().to(device)
-    images, mask = torch.randn(8, 3, 224, 224, device=device), random_mask(8, vit.grid, 0.75)
-    return (lambda: vit(images, mask).square().mean().backward(),
-            lambda: vit(images, mask, drop=True).square().mean().backward())
 
 
 # ---- views and masks -----------------------------------------------------------------------------
@@ -188,10 +187,8 @@ MULTI_CROP = [(224, (0.4, 1.0))] * 2 + [(96, (0.05, 0.4))] * 8
 BLUR, SOLARIZE = [1.0, 0.1] + [0.5] * 8, [0.0, 0.2] + [0.0] * 8  # probabilities per view
 
 
-def photographs(count, folder=None):
-    """JPEGs as bytes: of a folder, or noise of two scales at ImageNet's median size."""
-    if folder:
-        return [path.read_bytes() for path in sorted(Path(folder).rglob("*.[jJ]*[gG]"))[:count]]
+def photographs(count):
+    """JPEGs as bytes: noise of two scales at ImageNet's median size."""
     generator, pixels = torch.Generator().manual_seed(0), 0.5
     for amplitude, cell in ((0.2, 32), (0.05, 2)):
         noise = torch.randn(count, 3, 375 // cell, 500 // cell, generator=generator)
@@ -229,58 +226,64 @@ def views(files):
     return plain, ours
 
 
-def one_block_mask(side, count):
-    """BEiT's generator for one image: rectangle by rectangle, cell by cell."""
-    mask, hidden = [[False] * side for _ in range(side)], 0
-    while hidden < count:
-        area = random.uniform(16, max(16, count - hidden))
+def one_block_mask(side, count, least=16):
+    """BEiT's generator (masking_generator.py) for one image: ten tries per rectangle."""
+    mask, hidden, tries = [[0] * side for _ in range(side)], 0, 0
+    while hidden < count and tries < 10:
+        tries += 1
+        area = random.uniform(least, count - hidden)
         aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < side and width < side:
             top, left = random.randint(0, side - height), random.randint(0, side - width)
-            for i in range(top, top + height):
-                for j in range(left, left + width):
-                    if not mask[i][j] and hidden < count:
-                        mask[i][j] = True
-                        hidden += 1
+            rows = mask[top:top + height]
+            new = height * width - sum(sum(row[left:left + width]) for row in rows)
+            if 0 < new <= count - hidden:
+                for row in rows:
+                    row[left:left + width] = [1] * width
+                hidden, tries = hidden + new, 0
     return mask
 
 
 def block_masks(batch):
-    return (lambda: torch.tensor([one_block_mask(14, 78) for _ in range(batch)]),  # 40 %
-            lambda: block_mask(batch, (14, 14), 0.4))
+    return (lambda: torch.tensor([one_block_mask(14, 75) for _ in range(batch)]).bool(),
+            lambda: block_mask(batch, (14, 14), 75 / 196))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def knn(references, tests, ks=(10, 20, 100, 200), D=384, device="cpu", classes=1000):
-    """DINO's k-NN: a search per k, one-hot votes, a hundred tests at a time; and ours."""
+    """DINO's eval_knn.py: unit features, then a search per k and one-hot votes; and ours."""
     known, asked = torch.randn(references + tests, D, device=device).split([references, tests])
     labels = torch.randint(classes, (references,), device=device)
 
-    def plain(k):
+    def search(known, asked, k):
         scores = []
-        for part in F.normalize(asked, dim=1).split(100):
-            cos, nearest = (part @ F.normalize(known, dim=1).T).topk(k)
-            votes = F.one_hot(labels[nearest], classes)
-            scores.append((votes * (cos / 0.07).exp().unsqueeze(2)).sum(1))
+        for part in asked.split(500):  # its chunk of ImageNet
+            cos, nearest = (part @ known.T).topk(k)
+            votes = torch.zeros(len(part) * k, classes, device=device)
+            votes.scatter_(1, labels[nearest].view(-1, 1), 1)
+            weights = (cos / 0.07).exp().unsqueeze(2)
+            scores.append((votes.view(len(part), k, classes) * weights).sum(1))
         return torch.cat(scores)
 
-    return (lambda: [plain(k) for k in ks],
-            lambda: knn_scores(known, labels, asked, classes, ks))
+    def original():
+        unit = F.normalize(known, dim=1), F.normalize(asked, dim=1)
+        return [search(*unit, k) for k in ks]
+    return original, lambda: knn_scores(known, labels, asked, classes, ks)
 
 
-def probe(count, epochs, D=384, classes=10, device="cpu"):
-    """Ten probes, each with its layer, optimizer and schedule, and ours: ten heads at once."""
+def probe(count, classes, device="cpu", epochs=1, D=384):
+    """DINO's probe (eval_linear.py) at ten learning rates, one run each; and ours, all at once."""
     lrs = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]
     features = torch.randn(count, D, device=device)
     labels = torch.randint(classes, (count,), device=device)
     batches = list(zip(features.split(1024), labels.split(1024))) * epochs
 
-    def plain(lr):
+    def original(lr):
         layer = nn.Linear(D, classes, device=device)
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
         optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
         for x, y in batches:
@@ -295,31 +298,33 @@ def probe(count, epochs, D=384, classes=10, device="cpu"):
         for number, (x, y) in enumerate(batches):
             heads.step(x, y, number / len(batches))
         return heads
-    return lambda: [plain(lr) for lr in lrs], ours
+    return lambda: [original(lr) for lr in lrs], ours
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def rows(device, quick, images):
-    """name -> (maker of (reference, ours), items per call)."""
-    def angle(N):
-        return lambda: [relation(loss, N, device) for loss in (dense_angle, rkd_angle_loss)]
+def rows(device, quick):
+    """name -> maker of (reference, ours)."""
+    def relations(N):
+        return {f"distance {N}": partial(relation, N, device, original_distance, rkd_distance_loss),
+                f"angle {N}": partial(relation, N, device, original_angle, rkd_angle_loss)}
 
+    step, search = partial(training_step, device=device), partial(knn, device=device)
     files, known, features = (4, 10000, 5000) if quick else (8, 50000, 20000)
-    batch = 64 if device == "cpu" else 512
-    table = {"angle 256": (angle(256), 1),
-             "ibot vit_tiny": (partial(training_step, "ibot", "vit_tiny", device), 8),
-             "dino vit_tiny": (partial(training_step, "dino", "vit_tiny", device), 8),
-             "dropped": (partial(dropped, device), 8),
-             "fresh views": (partial(fresh_views, device, batch), batch)}
+    table = {
+        **relations(256),
+        "ibot vit_tiny": partial(step, "ibot", "vit_tiny"),
+        "k-NN one": partial(search, known, 200, [20]),
+        "k-NN four": partial(search, known, 200, [10, 20, 100, 200]),
+        "probe 10": partial(probe, features, 10, device),
+        "probe 1000": partial(probe, features, 1000, device)}
     if device == "cpu":
-        table["views"] = (lambda: views(photographs(files, images)), files)
-        table["block masks"] = (partial(block_masks, 1024), 1024)
-    table["k-NN"] = (partial(knn, known, 200, device=device), 200)
-    table["probe"] = (partial(probe, features, 2, device=device), 1)
+        table |= {"views": lambda: views(photographs(files)),
+                  "block masks": partial(block_masks, 1024)}
     if not quick:
-        table["angle 512"] = (angle(512), 1)
-        table["ibot vit_small"] = (partial(training_step, "ibot", "vit_small", device), 8)
+        published = {"prototypes": 65536, "local-crops": 8}
+        table |= {"dino vit_tiny": partial(step, "dino", "vit_tiny", **published),
+                  "ibot vit_small": partial(step, "ibot", "vit_small"), **relations(512)}
     return table
 
 
@@ -346,7 +351,7 @@ def peak_memory(run, device):
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists() or torch.get_num_threads() > 1:
+    if not Path("/proc/self/clear_refs").exists():  # Linux alone has it
         return None
 
     def peak():
@@ -369,7 +374,7 @@ def peak_memory(run, device):
     return found.value if child.exitcode == 0 else None
 
 
-def measure(name, make, items, device, seconds):
+def measure(name, make, device, seconds):
     """Print a row of the table, and return it as plain numbers."""
     contenders = make()
     peaks = [peak_memory(run, device) for run in contenders]  # while the heap is unused
@@ -381,7 +386,7 @@ def measure(name, make, items, device, seconds):
           f" ({low:.2f} .. {high:.2f})   {' '.join(f'{x / 1e6:.0f} MB' for x in peaks if x)}",
           flush=True)
     return dict(row=name, repetitions=len(times[0]), seconds=ours, reference_seconds=reference,
-                ratio=ratio, ratio_quartiles=[low, high], items_per_second=items / ours,
+                ratio=ratio, ratio_quartiles=[low, high],
                 peak_bytes=peaks[1], reference_peak_bytes=peaks[0])
 
 
@@ -390,8 +395,7 @@ def training(args, compiled):
 
     Utilisation is against the FLOP/s that a large bf16 matrix product reaches in the same run.
     """
-    system, *batch = training_system(args.loss, args.arch, args.device, args.batch_size,
-                                     args.image_size)
+    system, *batch = training_system("rkd", args.arch, args.device, args.batch_size)
     step = partial(stepper(system, autocast=True), *batch)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -408,14 +412,14 @@ def training(args, compiled):
 
 
 def scale(path, device):
-    """Draw time and memory of both relations against the number of points, ours and dense."""
+    """Draw time and memory of both relations against the number of points."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for loss, style in ((rkd_angle_loss, "o-"), (dense_angle, "o:"),
-                        (rkd_distance_loss, "s-"), (dense_distance, "s:")):
-        sizes = [64, 128, 256, 512, 1024][:4 if loss is dense_angle else 5]  # 1024 need 20 GB
-        runs = [relation(loss, N, device) for N in sizes]
+    for loss, style in ((rkd_angle_loss, "o-"), (original_angle, "o:"),
+                        (rkd_distance_loss, "s-"), (original_distance, "s:")):
+        sizes = [64, 128, 256, 512, 1024][:4 if loss is original_angle else 5]  # 1024 need 20 GB
+        runs = [relation(N, device, loss)[0] for N in sizes]
         peaks = [peak_memory(run, device) for run in runs]  # while the heap is unused
         seconds = [statistics.median(interleaved([run], device, 1)[0]) for run in runs]
         print(json.dumps(dict(loss=loss.__name__, N=sizes, seconds=seconds, bytes=peaks)))
@@ -433,32 +437,28 @@ def main():
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller rows, fewer repetitions")
     add("--only", nargs="+", metavar="WORD", help="rows that start so, as angle, views; train: GPU")
-    add("--images", help="folder of JPEGs for the views; default: noise of ImageNet's median size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
         help="where to run")
-    add("--threads", type=whole(1), default=1, help="of a CPU")
     add("--scale", metavar="PNG", help="draw the cost of relations instead of the table")
-    add("--loss", default="rkd", help="train: what to learn by")
     add("--arch", default="vit_small", choices=ARCHS, help="train: the ViT")
-    add("--image-size", type=whole(1), default=224, help="train: side in pixels")
     add("--batch-size", type=whole(1), default=256, help="train: images per step")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {where}, {args.threads} thread(s)")
+    print(f"torch {torch.__version__}, {where}, one thread")
     if args.scale:
         return scale(args.scale, args.device)
     words = tuple(args.only or [""])  # every name starts with ""
-    every = rows(args.device, args.quick, args.images)
-    table = {name: row for name, row in every.items() if name.startswith(words)}
+    every = rows(args.device, args.quick)
+    table = {name: make for name, make in every.items() if name.startswith(words)}
     in_training = args.device == "cuda" and "train".startswith(words)
     if not table and not in_training:
         parser.error(f"--only {' '.join(words)}: no such row on {args.device}: take "
                      f"the first words of {', '.join(every)} or, on a GPU, train")
     print("row                reference        ours   ratio (quartiles)    peak memory of both")
-    results = [measure(name, *row, args.device, 3 if args.quick else 15)
-               for name, row in table.items()]
+    results = [measure(name, make, args.device, 3 if args.quick else 15)
+               for name, make in table.items()]
     if in_training:
         results += [training(args, compiled) for compiled in (False, True)]
     for result in results:
