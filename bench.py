@@ -220,7 +220,7 @@ def views(files):
 
     def ours():
         batches = train_batches(folder, [(0, torch.arange(len(files)))], MULTI_CROP, 0,
-                                torch.device("cpu"), weak=False, jitter=0.4, hue=0.1,
+                                torch.device("cpu"), weak=False, bicubic=True, hue=0.1,
                                 blur_probability=BLUR, solarize_probability=SOLARIZE)
         return next(batches)[2]
     return plain, ours

@@ -454,8 +454,8 @@ def blur(x, sigma):
     return rows(rows(x).mT).mT
 
 
-def colour(x, draw, jitter=0.4, saturation=None, hue=0.1, jitter_probability=0.8,
-           grey_probability=0.2, blur_probability=0.5, solarize_probability=0.0):
+def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=0.5,
+           solarize_probability=0.0, saturation=None, jitter_probability=0.8):
     """Jitter, grey, blur, solarise: (B, 3, S, S) in [0, 1], draws (B, 9) -> the same.
 
     Brightness and contrast vary by a factor in 1 ± jitter, saturation in 1 ± `saturation` (None:

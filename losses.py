@@ -115,8 +115,8 @@ def rkd_angle_loss(student, teacher, vertices=None):
     `vertices`, a slice or an int64 tensor of distinct indices (K,): only the triplets with such a
     vertex j, O(N²·K) time. Drawn at random their mean is an unbiased estimate; equal parts average
     to the whole, so that processes can share the work. N < 3, or vertices out of range, repeated or
-    none, raise ValueError. Needs `check_points`, `angle_vertices`, `AngleHuber`,
-    `EdgeAngleHuber`, `squared_distance`.
+    none, raise ValueError. Needs `check_points`, `angle_vertices`, `squared_distance`, `AngleHuber`
+    and, on a GPU, `EdgeAngleHuber`, `edge_angle_huber`.
     """
     check_points(student, teacher, 3)
     vertices = angle_vertices(vertices, student.shape[-2], student.device)
