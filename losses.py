@@ -182,22 +182,25 @@ class AngleHuber(torch.autograd.Function):
             ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
         if not exact:
             student, teacher = student.float(), teacher.float()
+        from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
         inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-                                for x in (student, teacher))
+                                for x in (from_s, from_t))
         total, gradient = student.new_zeros(()), torch.zeros_like(student)
+        at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
         height = max(32, -(-N // 8))
 
-        def cosine(squares, inverse, j, i, k):
-            inverse, sides = inverse[:, j], squares[:, j]  # (B, chunk, N)
-            half = 0.5 * inverse[:, :, i, None] * inverse[:, :, None, k]  # 1 / (2 d_ji d_jk)
-            sides = sides[:, :, i, None] + sides[:, :, None, k]
+        def cosine(squares, sides, inverse, j, i, k):
+            half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
+            sides = sides[:, j, i, None] + sides[:, j, None, k]
             return half, sides.sub_(squares[:, None, i, k]).mul_(half)
 
         for top in range(0, N, height):
             i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
-            for j in vertices.split(max(1, 2**17 // (B * width * (N - top)))):
-                half, cos = cosine(student, inverse_s, j, i, k)  # (B, chunk, width, N - top)
-                error = cosine(teacher, inverse_t, j, i, k)[1].neg_().add_(cos)
+            chunk = max(1, 2**17 // (B * width * (N - top)))
+            for start in range(0, len(vertices), chunk):
+                j = slice(start, start + chunk)  # of the vertices
+                half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
+                error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
                 error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
                 slope = error.clamp(-1, 1)  # huber'(e)
                 huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
@@ -206,8 +209,9 @@ class AngleHuber(torch.autograd.Function):
                 push, turn = half.mul_(slope), cos.mul_(slope)
                 gradient[:, i, k] -= push.sum(1)
                 for side, dim in ((i, -1), (k, -2)):
-                    gradient[:, j, side] += (
+                    at_vertices[:, j, side] += (
                         push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
+        gradient.index_add_(1, vertices, at_vertices)
         triplets = B * len(vertices) * (N - 1) * (N - 2)
         ctx.save_for_backward((gradient / triplets).to(dtype))
         return (total / triplets).to(dtype)

@@ -150,9 +150,11 @@ LOGITS, HIDDEN = X.expand(2, 6, 4), torch.arange(6).expand(2, 6) < 2
 ARGUMENTS = {  # of those that do not take two sets of points
     "average pairwise_distance squared_distance standardize effective_rank": (X,),
     "info_nce_loss nt_xent_loss": (X, Y, 0.1), "check_points check_pairs": (X, Y, 2),
-    "dino_loss": (X, Y, X[0]), "dino_views_loss": ([X, Y], [Y, X], X[0]), "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
+    "dino_loss": (X, Y, X[0]), "dino_views_loss": ([X, Y], [Y, X], X[0]),
+    "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
     "angle_vertices": (slice(2), 6, X.device),
-    "edge_angle_huber": (X[None], Y[None], torch.arange(2)), "move_center": (X[0], Y[0]), "hidden_rows": (LOGITS, HIDDEN),
+    "edge_angle_huber": (X[None], Y[None], torch.arange(2)), "move_center": (X[0], Y[0]),
+    "hidden_rows": (LOGITS, HIDDEN),
     "masked_patch_loss": (LOGITS, LOGITS + 1, HIDDEN, X[0]),
     "masked_token_loss": (LOGITS, LOGITS.argmax(-1), HIDDEN),
     "pixel_loss feature_loss": (LOGITS, LOGITS + 1, HIDDEN),
