@@ -147,6 +147,7 @@ def test_a_signal_saves_and_ends_a_run_that_is_then_resumed_bitwise(
         if (here, len(steps)) == (place, step):
             os.kill(os.getpid(), number)
         return result
+    signal.signal(number, signal.SIG_DFL)  # nohup, under which these tests may run, ignores SIGHUP
     with pytest.MonkeyPatch.context() as patch:
         each_step(patch, lambda count, loss: send("step", steps.append(count) or loss))
         patch.setattr(train, "knn_top1", lambda *x, **y: send("evaluation", knn_top1(*x, **y)))
