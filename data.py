@@ -166,7 +166,7 @@ def scan(root, left_out):
     """
     Image.init()
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images, visited, starts = [], set(), [root]
+    images, visited, starts, above = [], set(), [root], os.path.realpath(root)
 
     def failed(error):
         left_out[f"unreadable folder, {error.strerror}"].append(error.filename)
@@ -174,7 +174,7 @@ def scan(root, left_out):
     for place, folders, found in itertools.chain.from_iterable(
             os.walk(start, onerror=failed) for start in starts):
         real = os.path.realpath(place)
-        if real in visited or os.path.realpath(root).startswith(os.path.join(real, "")):
+        if real in visited or above.startswith(os.path.join(real, "")):
             left_out["link to a folder that is visited anyway"].append(place)
             folders.clear()
             continue

@@ -155,7 +155,7 @@ class Batch:
 
     @cached_property
     def hidden(self):  # (M,), places of the hidden patches among all; on the networks' device
-        return to_device(self.mask.flatten().nonzero().flatten(), self.globals.device)
+        return places(self.mask, self.globals.device)
 
     def at_hidden(self, x):
         """(G·B, N, ..) -> the rows of the hidden patches, (M, ..)."""
@@ -186,6 +186,11 @@ class Batch:
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
         return gather(self.features[0].detach().float()), gather(theirs[1].detach().float())
+
+
+def places(mask, device):
+    """Where a mask on the CPU is True, counted through all its rows: (M,) int64 on the device."""
+    return to_device(mask.flatten().nonzero().flatten(), device)
 
 
 def on_views(head, views):
@@ -275,8 +280,8 @@ def rkd(batch):
     if args.patch_weight:  # among the patches of one crop: (G·B, N, D)
         student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
         if batch.mask is not None and args.hide == "drop":
-            seen = to_device((~batch.mask).flatten().nonzero().flatten(), teacher.device)
-            teacher = teacher.flatten(0, 1)[seen].view(*student.shape[:2], -1)
+            seen = teacher.flatten(0, 1)[places(~batch.mask, teacher.device)]
+            teacher = seen.view(*student.shape[:2], -1)
         patches = relations(student, teacher, args)
         total = total + args.patch_weight * weigh(patches)
         losses |= {f"patch_{name}": loss for name, loss in patches.items()}
@@ -528,7 +533,7 @@ def dbot(batch):
     (`System.next_stage`), with the optimizer kept, as in its code. Deviations: none known.
     """
     mask = F.pad(batch.mask, (1, 0), value=True)  # with CLS
-    at = to_device(mask.flatten().nonzero().flatten(), batch.globals.device)
+    at = places(mask, batch.globals.device)
     target = standardize(batch.unnormed.flatten(0, 1)[at])  # (G·B + M, D)
     prediction = batch.student.predictors["dbot"](batch.tokens, batch.mask).flatten(0, 1)[at]
     return feature_loss(prediction, target, mask, beta=2.0), {}

@@ -300,7 +300,7 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
     else:
         unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
         mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
-    return mask.pin_memory() if next(system.parameters()).is_cuda else mask
+    return mask
 
 
 def open_batches(args, train_set, start, stop, rank, world, device):
