@@ -268,7 +268,7 @@ def rkd(batch):
         return sum(weights[name] * loss for name, loss in losses.items())
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    vertices = torch.arange(min(args.angle_vertices or 256, world * B))
+    vertices = torch.arange(min(args.angle_vertices or max(256, world), world * B))
     own = vertices.tensor_split(world)[rank]
     each = [relations(*pair, args, own) for pair in pairs]
     losses = {name: mean(found[name] for found in each) for name in each[0]}
