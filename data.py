@@ -30,7 +30,8 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import (adjust_contrast, adjust_hue, center_crop,
+                                               gaussian_blur, pil_to_tensor, resize, rotate)
 
 from randomness import uniform
 from textures import TEXTURES, textures
@@ -595,16 +596,48 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, bicubi
         yield finish(crops, epoch, index.to(device))
 
 
-def eval_batches(data, indices, size, device, workers=0, batch_size=256):
-    """Images as measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,))."""
+# test images that differ from those of the training set, by five strengths each
+SHIFTS = dict(noise=(0.04, 0.08, 0.12, 0.16, 0.2),  # standard deviation, of values in 0 .. 1
+              blur=(0.5, 0.75, 1.0, 1.25, 1.5),  # standard deviation, in 1/32 of the side
+              contrast=(0.75, 0.5, 0.4, 0.3, 0.15),  # factor
+              hue=(0.1, 0.2, 0.3, 0.4, 0.5),  # turns
+              rotate=(10, 20, 30, 45, 60))  # degrees; the corners become black
+
+
+def shifted(images, index, name, strength):
+    """Images (B, 3, S, S) in [0, 1], changed as `SHIFTS` says; the same noise for the same index.
+
+    In the manner of ImageNet-C (Hendrycks, Dietterich 2019, arXiv 1903.12261).
+    """
+    if name == "noise":
+        u = uniform(images[0].numel(), 2, index.to(images.device)).view_as(images)
+        normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+        return (images + strength * normal).clamp(0, 1)
+    if name == "blur":
+        sigma = strength * images.shape[-1] / 32
+        radius = min(math.ceil(3 * sigma), images.shape[-1] - 1)
+        return gaussian_blur(images, 2 * radius + 1, sigma)
+    change = dict(contrast=adjust_contrast, hue=adjust_hue, rotate=rotate)[name]
+    return change(images, strength)
+
+
+def eval_batches(data, indices, size, device, workers=0, batch_size=256, shift=None):
+    """Images as measured, centre-cropped -> batches (normalised (B, 3, S, S), labels (B,)).
+
+    `shift` is a pair (name, strength) for `shifted`.
+    """
+    def finish(images, index):
+        images = unit(images)
+        return normalize(shifted(images, index, *shift) if shift else images), data.labels[index]
+
     pieces = [piece for piece in torch.as_tensor(indices).split(batch_size) if len(piece)]
     if isinstance(data, Images):
         for index in pieces:
             images = resize(unit(data.images[index].to(device)), size, antialias=True)
-            yield normalize(center_crop(images, size)), data.labels[index]
+            yield finish(center_crop(images, size), index)
         return
     keys = [[(partial(center_view, size=size), i) for i in piece.tolist()] for piece in pieces]
     for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device, stay=True)):
         good = index == asked  # the others replace unreadable images
         if good.any():
-            yield normalize(unit(images[good.to(device)])), data.labels[index[good]]
+            yield finish(images[good.to(device)], index[good])

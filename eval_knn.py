@@ -7,7 +7,12 @@ Wu et al. 2018, arXiv 1805.01978, section 3.4; k = 20 and temperature 0.07 are D
 common offset of the features: `--center` subtracts it. The few directions of largest variance rule
 the cosines: `--whiten` makes the variances more alike.
 
+Three ways to ask whether features generalise: another set (--data, --data-path), few labels
+(--shots S: S labelled images of each class, the others unused) and changed test images (--shift).
+
     python eval_knn.py --checkpoint runs/rkd-textures/checkpoint.pt
+    python eval_knn.py --checkpoint c.pt --data-path imagenette --shots 5 --draws 10
+    python eval_knn.py --checkpoint c.pt --shift rotate
     python eval_knn.py --checkpoint c.pt --data folder --data-path /imagenet --pool cls --k 10 20
     torchrun --nproc_per_node=8 eval_knn.py --checkpoint dino.pth --arch vit_small --data folder ..
 """
@@ -18,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 from datetime import timedelta
 
@@ -26,8 +32,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
 
-from data import DATASETS, eval_batches, fingerprint, load_data
+from data import DATASETS, SHIFTS, eval_batches, fingerprint, load_data
 from model import ARCHS, POOLS, pool_tokens
+from randomness import generator
 from weights import one_line, open_backbone, write_file
 
 if sys.version_info < (3, 11):
@@ -138,11 +145,11 @@ def features_of(vit, images, pool):
 
 @torch.no_grad()
 def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, workers=0,
-                     alive=lambda: None):
+                     alive=lambda: None, shift=None):
     """Frozen features of a set, or of some indices -> (M, D) float32 and labels (M,), on the CPU.
 
     Images without a label and unreadable ones are left out. Each process encodes a share, and all
-    get the whole, in order. `alive()` is called with each batch.
+    get the whole, in order. `alive()` is called with each batch. `shift`: see `data.shifted`.
     """
     indices = torch.arange(len(data)) if indices is None else indices
     rank, world = ranks()
@@ -150,7 +157,8 @@ def extract_features(vit, data, size, pool="mean", device="cpu", indices=None, w
     features, labels = [torch.zeros(0)], [torch.zeros(0).long()]  # a share may be empty
     was_training = vit.training
     vit.eval()
-    for images, label in eval_batches(data, share, size, torch.device(device), workers):
+    for images, label in eval_batches(data, share, size, torch.device(device), workers,
+                                      shift=shift):
         features.append(features_of(vit, images, pool).float().cpu())
         labels.append(label)
         alive()
@@ -213,6 +221,56 @@ def held_out(count):
     return order[cut:], order[:cut]
 
 
+# ---- few labels ----------------------------------------------------------------------------------
+
+def draw_labelled(labels, shots, *seed):
+    """`shots` random indices of each class -> (shots, C); each row has one image of each class."""
+    counts = labels.unique(return_counts=True)[1].tolist()
+    if shots > min(counts, default=0):
+        raise ValueError(f"--shots {shots}: the smallest class of the training set has "
+                         f"{min(counts, default=0)} images: take at most that")
+    order = torch.randperm(len(labels), generator=generator(*seed))
+    return torch.stack([order[labels[order] == c][:shots] for c in labels.unique()], 1)
+
+
+def few_label_top1(train, tests, labelled, settings, scores):
+    """Accuracy in percent on each of `tests`, by the labelled images alone -> list, setting chosen.
+
+    `train` and each test are (features, labels); `labelled` is one draw (shots, C).
+    `scores(features, labels, queries, settings)` -> {setting: class scores (M, C)}.
+    Cross-validation within the labelled images chooses the setting: each fold leaves out equally
+    many images of each class. One image per class leaves none to choose by: the first setting is
+    taken.
+    """
+    x, y = train
+    right, folds = dict.fromkeys(settings, 0), min(len(labelled), 10)
+    for fold in range(folds if folds > 1 else 0):
+        left_out = torch.arange(len(labelled)) % folds == fold
+        fit, asked = labelled[~left_out].flatten(), labelled[left_out].flatten()
+        for setting, found in scores(x[fit], y[fit], x[asked], settings).items():
+            right[setting] += (found.argmax(1) == y[asked]).sum().item()
+    best, fit = max(settings, key=right.get), labelled.flatten()
+    return [percent(scores(x[fit], y[fit], queries, [best])[best].argmax(1) == answers)
+            for queries, answers in tests], best
+
+
+def report_few_labels(args, name, train, tests, settings, scores):
+    """Print `few_label_top1` of each draw, and the mean and standard deviation over the draws."""
+    found = []
+    for draw in range(args.draws):
+        args.alive()
+        labelled = draw_labelled(train[1], args.shots, args.seed, draw)
+        found.append(few_label_top1(train, tests.values(), labelled, settings, scores))
+    top1 = [each for each, _ in found]
+    overall = [over_strengths(each) for each in top1]
+    report([("draw", "chosen", *tests)]
+           + [(str(draw), f"{best:g}", *each) for draw, (each, best) in enumerate(found)],
+           {name: round(statistics.mean(overall), 4),
+            f"{name}_std": round(statistics.stdev(overall), 4) if len(overall) > 1 else 0.0,
+            "shots": args.shots, "draws": args.draws, "references": labelled.numel(),
+            **per_strength(name, tests, [statistics.mean(each) for each in zip(*top1)])})
+
+
 # ---- the command line of both evaluations --------------------------------------------------------
 
 def evaluation_options(doc):
@@ -221,11 +279,16 @@ def evaluation_options(doc):
     add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
     add("--data", choices=DATASETS,
-        help="default: folder with --data-path, else the set of the checkpoint")
+        help="any set; default: folder with --data-path, else the set of the checkpoint")
     add("--data-path", help="folder of the data; a path in a checkpoint is never followed")
-    add("--image-size", type=whole(1, 8192), help="side in pixels; default: the checkpoint's")
+    add("--image-size", type=whole(1, 8192),
+        help="side in pixels to which images are resized; default: the checkpoint's")
     add("--pool", choices=FEATURES, help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
+    add("--shots", type=whole(1), help="labelled images per class; the others are unused")
+    add("--draws", type=whole(1), default=5, help="sets of labelled images for --shots")
+    add("--seed", type=whole(0), default=0, help="of draws, orders and crops")
+    add("--shift", choices=SHIFTS, help="change the test images; the mean of five strengths counts")
     add("--cache", help="folder to keep the features in, for the next call")
     add("--workers", type=whole(0, 512), default=2, help="decoding processes (folders)")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
@@ -234,12 +297,19 @@ def evaluation_options(doc):
 
 
 def start(parser):
-    """Command line -> options, network, training set, (features, labels) of references and tests.
+    """Command line -> options, network, training set, references, {name: test images}.
 
-    Set, size and pool default to the checkpoint's. The options gain rank, world, device, `alive()`.
+    References and test images are pairs (features, labels). The first test images are as they are;
+    with --shift one set per strength follows. Set, size and pool default to the checkpoint's. The
+    options gain rank, world, device, `alive()`.
     """
     args = parser.parse_args()
     with parser.one_line_errors():
+        without_effect = "whiten epochs lrs batch_size augment" if args.shots else "draws"
+        for name in without_effect.split():
+            if name in args and getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect "
+                                 f"{'with' if args.shots else 'without'} --shots: leave it out")
         args.rank, args.world, args.device = start_processes(args.device, args.timeout)
         args.alive = lambda: watch(args.timeout)
         if os.path.isdir(args.checkpoint):  # of a run
@@ -259,35 +329,52 @@ def start(parser):
         sets = load_data(args.data, args.data_path, args.image_size)
         if sets[1] is None:
             raise ValueError(f"--data-path {args.data_path} needs classes and a val/ or test/")
+        if args.shots:  # too many is an error before features are computed
+            draw_labelled(sets[0].labels[sets[0].labels >= 0], args.shots)
         vit.to(args.device)
-        return args, vit, sets[0], *cached_features(args, vit, sets)
+        train = cached_features(args, vit, sets[0])
+        tests = {"test": cached_features(args, vit, sets[1])}
+        for strength in SHIFTS.get(args.shift, ()):
+            tests[f"{args.shift} {strength:g}"] = cached_features(args, vit, sets[1],
+                                                                  (args.shift, strength))
+        return args, vit, sets[0], train, tests
 
 
-def cached_features(args, vit, sets):
-    """(features, labels) of references and of test images, kept in --cache where it is given."""
+def cached_features(args, vit, data, shift=None):
+    """(features, labels) of a set, kept in --cache where it is given."""
     path, found = None, None
     if args.cache:
         try:
             os.makedirs(args.cache, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--cache {args.cache} cannot be a folder: {error}") from error
-        key = repr((args.arch, args.data, args.image_size, args.pool,
-                    *map(fingerprint, sets))).encode()
+        key = repr((args.arch, args.data, args.image_size, args.pool, shift,
+                    fingerprint(data))).encode()
         with open(args.checkpoint, "rb") as file:
             path = os.path.join(args.cache, hashlib.sha256(key + file.read()).hexdigest() + ".pt")
         with contextlib.suppress(Exception):  # not there, or cut short when its writer was killed
-            found, unreadable = torch.load(path, weights_only=True)
-            sets[0].unreadable = set(unreadable)
+            *found, unreadable = torch.load(path, weights_only=True)
+            data.unreadable = set(unreadable)
     if all(all_gather(bool(found))):  # a process without it would wait for the others for ever
         return found
-    found = [extract_features(vit, data, args.image_size, args.pool, args.device,
-                              workers=args.workers, alive=args.alive) for data in sets]
-    if not all(len(labels) for _, labels in found):
+    found = extract_features(vit, data, args.image_size, args.pool, args.device,
+                             workers=args.workers, alive=args.alive, shift=shift)
+    if not len(found[1]):
         raise ValueError(f"--data-path {args.data_path} has no readable labelled images in one of "
                          "its parts: check train/ and val/")
     if path and args.rank == 0:
-        write_file(path, lambda file: torch.save((found, sorted(sets[0].unreadable)), file))
+        write_file(path, lambda file: torch.save((*found, sorted(data.unreadable)), file))
     return found
+
+
+def over_strengths(top1):
+    """One number of the accuracies on the test images and on each strength of a shift: its mean."""
+    return round(statistics.mean(top1[1:] or top1), 4)
+
+
+def per_strength(name, tests, top1):
+    """Entries of the result for a shift, one per strength; none without a shift."""
+    return {f"{name} {test}": round(x, 4) for test, x in zip(tests, top1) if len(tests) > 1}
 
 
 def report(rows, result):
@@ -295,7 +382,7 @@ def report(rows, result):
     watch(None)
     if ranks()[0] == 0:
         for row in rows:
-            print("".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in row))
+            print("".join(f"{x:>15}" if isinstance(x, str) else f"{x:15.2f}" for x in row))
         print(json.dumps(result), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -309,16 +396,27 @@ def main():
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")
     add("--whiten", type=number(0, 1), default=0.0,
         help="centre, and divide each principal direction by its std to this power; 1: all alike")
-    args, _, _, train, test = start(parser)
+    args, _, _, train, tests = start(parser)
+    classes = int(max(labels.max() for _, labels in [train, *tests.values()])) + 1
+    if args.shots:
+        def scores(x, y, queries, ks):
+            mean = x.mean(0) if args.center else 0
+            return knn_scores(x - mean, y, queries - mean, classes, ks, args.temperature)
+
+        ks = sorted({1, *args.k})
+        report_few_labels(args, "knn_top1", train, tests, ks, scores)
+        return
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
-    if args.whiten:
-        mean, matrix = whitening(train[0], args.whiten)
-        train, test = (((x - mean) @ matrix, labels) for x, labels in (train, test))
-    elif args.center:
-        mean = train[0].mean(0)
-        train, test = ((x - mean, labels) for x, labels in (train, test))
-    classes = int(max(train[1].max(), test[1].max())) + 1
+    if args.whiten or args.center:
+        mean, matrix = train[0].mean(0), None
+        if args.whiten:
+            mean, matrix = whitening(train[0], args.whiten)
+
+        def changed(x, labels):
+            return (x - mean if matrix is None else (x - mean) @ matrix), labels
+
+        train, tests = changed(*train), {name: changed(*test) for name, test in tests.items()}
 
     def accuracies(references, queries):
         """{k: percent right}; each process looks up its share of the queries."""
@@ -333,11 +431,14 @@ def main():
         return dict(zip(ks, map(percent, right)))
 
     chosen_by = accuracies([x[fit] for x in train], [x[choose] for x in train])
-    top1 = accuracies(train, test)
+    each = [accuracies(train, test) for test in tests.values()]
+    top1 = {k: [found[k] for found in each] for k in ks}  # one per set of test images
     best = max(ks, key=chosen_by.get)
-    report([("k", "held out", "test")] + [(str(k), chosen_by[k], top1[k]) for k in ks],
-           {"knn_top1": top1[best], "k": best, **{f"knn_top1_k{k}": top1[k] for k in ks},
-            "references": len(train[1]), "tests": len(test[1]), "center": args.center,
+    report([("k", "held out", *tests)] + [(str(k), chosen_by[k], *top1[k]) for k in ks],
+           {"knn_top1": over_strengths(top1[best]), "k": best,
+            **{f"knn_top1_k{k}": over_strengths(top1[k]) for k in ks},
+            **per_strength("knn_top1", tests, top1[best]),
+            "references": len(train[1]), "tests": len(tests["test"][1]), "center": args.center,
             "whiten": args.whiten})
 
 

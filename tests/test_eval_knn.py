@@ -2,6 +2,7 @@
 import io
 import json
 import shutil
+import statistics
 from contextlib import redirect_stdout
 
 import pytest
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import eval_knn
+import eval_linear
 from conftest import call, cloud, drawn
-from data import Images, load_data, normalize
-from eval_knn import extract_features, held_out, knn_predict, knn_scores, knn_top1, whitening
+from data import MEAN, SHIFTS, STD, Images, eval_batches, load_data, normalize, shifted
+from eval_knn import (draw_labelled, extract_features, few_label_top1, held_out, knn_predict,
+                      knn_scores, knn_top1, whitening)
 from model import ARCHS
 from weights import open_backbone
 
@@ -105,7 +108,7 @@ def test_the_best_k_is_chosen_on_held_out_references(folder, checkpoint, monkeyp
     labels = (torch.arange(40) % 5 < 2).long()  # 24 in one direction, 16 in another
     tests = torch.eye(2)[[1, 1]], torch.tensor([0, 0])  # nearest wrong, majority right
     features = [(torch.eye(2)[labels], labels), tests]
-    monkeypatch.setattr(eval_knn, "cached_features", lambda *_: features)
+    monkeypatch.setattr(eval_knn, "cached_features", lambda *_: features.pop(0))
     _, found = evaluate(eval_knn, checkpoint, folder, "--k", 1, 36, "--temperature", 1e6)
     assert (found["knn_top1_k1"], found["knn_top1_k36"]) == (0, 100)
     assert found["k"] == 1 and found["knn_top1"] == 0  # not the k that is best on the test
@@ -117,7 +120,7 @@ def test_features_from_the_cache_are_the_features(folder, checkpoint, tmp_path, 
         found.append(evaluate(eval_knn, checkpoint, folder, "--cache", tmp_path, "--pool", pool))
         if len(found) == 2:
             monkeypatch.delattr(eval_knn, "extract_features")  # the network rests
-    assert found[:2] == found[2:] and len(list(tmp_path.iterdir())) == 2
+    assert found[:2] == found[2:] and len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_cache_never_serves_features_of_other_images(folder, checkpoint, tmp_path):
@@ -128,7 +131,84 @@ def test_the_cache_never_serves_features_of_other_images(folder, checkpoint, tmp
     evaluate(eval_knn, checkpoint, images, *cache)
     (images / "train" / "class1" / old.name).unlink()
     removed = evaluate(eval_knn, checkpoint, images, *cache)
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # three training sets, one test set
     images.rename(tmp_path / "moved")
     assert removed[1]["references"] == first[1]["references"] - 1
     assert removed == evaluate(eval_knn, checkpoint, tmp_path / "moved", *cache)  # as moved
+
+
+# ---------- few labels, shifted images ----------
+
+def test_a_draw_has_as_many_random_images_of_each_class():
+    labels = torch.arange(60) % 4
+    labels[labels == 3] = 7  # classes need not be consecutive
+    drawn_twice = [draw_labelled(labels, 5, 0, draw) for draw in (0, 0, 1)]
+    assert drawn_twice[0].equal(drawn_twice[1]) and not drawn_twice[0].equal(drawn_twice[2])
+    assert len(drawn_twice[0].unique()) == 20  # no image twice
+    assert all(labels[row].tolist() == [0, 1, 2, 7] for row in drawn_twice[0])
+
+
+@pytest.mark.parametrize("shots", [2, 3, 12])
+def test_the_labelled_images_alone_choose_the_setting(shots):
+    labels = torch.arange(60) % 4
+    train, test = (cloud(60, 3), labels), (cloud(9, 3, seed=1), torch.full((9,), 2))
+    labelled, asked = draw_labelled(labels, shots, 0), []
+
+    def scores(x, y, queries, settings):  # "good" knows the labelled images, "bad" the test images
+        known = {tuple(row.tolist()): y for row, y in zip(train[0], labels)}
+        asked.append((len(x), len(queries)))
+        assert y.bincount().unique().tolist() == [len(y) // 4]  # as many of each class
+        assert not (queries.unsqueeze(1) == x).all(2).any()  # a fold does not see its answers
+        good = torch.tensor([known.get(tuple(row.tolist()), 0) for row in queries])
+        return {name: F.one_hot(good if name == "good" else torch.full_like(good, 2), 4)
+                for name in settings}
+
+    top1, best = few_label_top1(train, [test], labelled, ["bad", "good"], scores)
+    assert best == "good" and top1 == [0]
+    assert sum(count for _, count in asked[:-1]) == 4 * shots  # each labelled image asked once
+    assert asked[-1] == (4 * shots, 9)
+
+
+def test_one_label_per_class_takes_the_first_setting():
+    labels = torch.arange(20) % 4
+    top1, best = few_label_top1(
+        (F.one_hot(labels, 4).float(), labels), [(torch.eye(4), torch.arange(4))],
+        draw_labelled(labels, 1, 0), [3, 1, 2],
+        lambda x, y, queries, ks: knn_scores(x, y, queries, 4, ks))
+    assert best == 3 and top1 == [100]
+
+
+@pytest.mark.parametrize("script, name", [(eval_knn, "knn_top1"), (eval_linear, "linear_top1")])
+def test_few_labels_print_the_mean_and_deviation_over_draws(folder, checkpoint, script, name):
+    table, result = evaluate(script, checkpoint, folder, "--shots", 2, "--draws", 3)
+    each = [float(row.split()[2]) for row in table[-3:]]
+    assert len(each) == 3 and (result["shots"], result["draws"]) == (2, 3)
+    assert result[name] == pytest.approx(statistics.mean(each), abs=0.01)
+    assert result[f"{name}_std"] == pytest.approx(statistics.stdev(each), abs=0.01)
+    again = evaluate(script, checkpoint, folder, "--shots", 2, "--draws", 3)
+    assert again == (table, result)
+    assert evaluate(script, checkpoint, folder, "--shots", 2, "--draws", 3, "--seed", 1) != again
+
+
+@pytest.mark.parametrize("script, name", [(eval_knn, "knn_top1"), (eval_linear, "linear_top1")])
+@pytest.mark.parametrize("few", [[], ["--shots", 2]])
+def test_a_shift_counts_the_mean_of_its_five_strengths(folder, checkpoint, script, name, few):
+    short = ["--epochs", 1] if script is eval_linear and not few else []
+    _, plain = evaluate(script, checkpoint, folder, *few, *short)
+    _, found = evaluate(script, checkpoint, folder, *few, *short, "--shift", "contrast")
+    each = [found[f"{name} contrast {x:g}"] for x in SHIFTS["contrast"]]
+    assert found[f"{name} test"] == plain[name]  # as they are
+    assert found[name] == pytest.approx(statistics.mean(each), abs=1e-3)
+
+
+def test_shifted_features_are_those_of_changed_test_images(folder, checkpoint):
+    vit, options = open_backbone(checkpoint)
+    test = load_data("folder", folder)[1]
+    batches = eval_batches(test, range(len(test)), 32, torch.device("cpu"))
+    images, index = torch.cat([x for x, _ in batches]), torch.arange(len(test))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    for name, strength in (("rotate", 20), ("noise", 0.1)):
+        changed = normalize(shifted(images * std + mean, index, name, strength))
+        expected = vit.eval()(changed)[:, 1:].mean(1).detach()
+        found, _ = extract_features(vit, test, 32, "mean", shift=(name, strength))
+        assert_close(found, expected, rtol=1e-3, atol=1e-3)

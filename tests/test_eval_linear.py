@@ -1,4 +1,6 @@
 """Linear probe: its steps are SGD's, learning rates do not mix, and the command line."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,8 @@ from torch.testing import assert_close
 
 import eval_linear
 from conftest import cloud, write_textures
-from eval_knn import held_out
-from eval_linear import Heads
+from eval_knn import draw_labelled, few_label_top1, held_out, knn_scores
+from eval_linear import STRENGTHS, Heads, ridge_scores
 from test_eval_knn import evaluate
 
 
@@ -75,3 +77,43 @@ def test_augmented_crops_are_those_of_readable_images_that_are_not_held_out(
     evaluate(eval_linear, checkpoint, images, "--epochs", 1, "--augment")
     labels = (torch.arange(20) // 4)[1:]
     assert sorted(seen) == sorted(labels[held_out(19)[0]].tolist())
+
+
+# ---------- few labels ----------
+
+def test_ridge_scores_solve_the_normal_equations_of_standardised_features():
+    x, y, queries = 3 * cloud(30, 5) + 7, torch.arange(30) % 3, cloud(8, 5, seed=1)
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    z, q = (F.pad((a - mean) / std, (0, 1), value=1.0).double() for a in (x, queries))
+    for strength, scores in ridge_scores(x, y, queries, [0.01, 1.0], 3).items():
+        penalty = torch.diag(torch.tensor([30.0 * strength] * 5 + [0])).double()  # none on the bias
+        W = torch.linalg.solve(z.T @ z + penalty, z.T @ F.one_hot(y, 3).double())
+        assert_close(scores, q @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_ridge_of_fewer_images_than_dimensions_is_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y, queries = cloud(10, 40), torch.arange(10) % 5, cloud(8, 40, seed=1)
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    for strength, scores in ridge_scores(x, y, queries, STRENGTHS, 5).items():
+        theirs = linear_model.Ridge(10 * strength).fit((x - mean) / std, F.one_hot(y, 5))
+        expected = torch.from_numpy(theirs.predict((queries - mean) / std)).double()
+        assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_feature_that_is_constant_among_few_labels_does_not_count():
+    x, queries = torch.cat([cloud(6, 3), torch.ones(6, 1)], 1), cloud(4, 4, seed=1)
+    alone = ridge_scores(x[:, :3], torch.arange(6) % 2, queries[:, :3], [0.1], 2)[0.1]
+    assert_close(ridge_scores(x, torch.arange(6) % 2, queries, [0.1], 2)[0.1], alone)
+
+
+def test_few_labels_of_separate_classes_suffice_for_ridge_as_for_neighbours():
+    labels = torch.arange(400) % 4
+    x = 4 * F.one_hot(labels, 8).float() + cloud(400, 8)
+    train, test = (x[:200], labels[:200]), (x[200:], labels[200:])
+    labelled = draw_labelled(train[1], 5, 0)
+    ridge, _ = few_label_top1(train, [test], labelled, STRENGTHS,
+                              partial(ridge_scores, classes=4))
+    nearest, _ = few_label_top1(train, [test], labelled, [1, 5, 10],
+                                lambda x, y, q, ks: knn_scores(x, y, q, 4, ks))
+    assert ridge[0] > 90 and nearest[0] > 90
