@@ -263,7 +263,7 @@ def report_few_labels(args, name, train, tests, settings, scores):
         found.append(few_label_top1(train, tests.values(), labelled, settings, scores))
     top1 = [each for each, _ in found]
     overall = [over_strengths(each) for each in top1]
-    report([("draw", "chosen", *tests)]
+    report(args, [("draw", "chosen", *tests)]
            + [(str(draw), f"{best:g}", *each) for draw, (each, best) in enumerate(found)],
            {name: round(statistics.mean(overall), 4),
             f"{name}_std": round(statistics.stdev(overall), 4) if len(overall) > 1 else 0.0,
@@ -377,9 +377,10 @@ def per_strength(name, tests, top1):
     return {f"{name} {test}": round(x, 4) for test, x in zip(tests, top1) if len(tests) > 1}
 
 
-def report(rows, result):
+def report(args, rows, result):
     """A table for people, then one line of JSON for programs, from rank 0."""
     watch(None)
+    result |= dict(data=os.path.basename(args.data_path or "") or args.data, shift=args.shift)
     if ranks()[0] == 0:
         for row in rows:
             print("".join(f"{x:>15}" if isinstance(x, str) else f"{x:15.2f}" for x in row))
@@ -434,7 +435,7 @@ def main():
     each = [accuracies(train, test) for test in tests.values()]
     top1 = {k: [found[k] for found in each] for k in ks}  # one per set of test images
     best = max(ks, key=chosen_by.get)
-    report([("k", "held out", *tests)] + [(str(k), chosen_by[k], *top1[k]) for k in ks],
+    report(args, [("k", "held out", *tests)] + [(str(k), chosen_by[k], *top1[k]) for k in ks],
            {"knn_top1": over_strengths(top1[best]), "k": best,
             **{f"knn_top1_k{k}": over_strengths(top1[k]) for k in ks},
             **per_strength("knn_top1", tests, top1[best]),

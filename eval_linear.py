@@ -150,7 +150,7 @@ def main():
     best = max(range(len(args.lrs)), key=chosen_by.__getitem__)
     rows = list(zip(map(str, args.lrs), chosen_by, *top1))
     each = [accuracies[best] for accuracies in top1]  # one per set of test images
-    report([("lr", "held out", *tests)] + rows,
+    report(args, [("lr", "held out", *tests)] + rows,
            {"linear_top1": over_strengths(each), "lr": args.lrs[best],
             **per_strength("linear_top1", tests, each),
             "references": len(fit), "tests": len(tests["test"][1])})
