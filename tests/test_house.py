@@ -1,9 +1,21 @@
-"""The files: which imports which, what README says of them, and that none runs what it reads."""
+"""The files: which imports which, that none runs what it reads, and that the READMEs are true.
+
+Code in the READMEs is run, and each command is split into words by bash, where `python` and
+`torchrun` only write down their words, and read by the script's own parser.
+"""
+import argparse
 import ast
 import re
+import runpy
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args as parse_torchrun
 
+import conftest
 from conftest import ROOT
 
 FILES = sorted(ROOT.glob("*.py"))
@@ -18,7 +30,6 @@ MAY_IMPORT = {  # in the order of reading: a file imports only files above it
     "analyze": "losses masking model data randomness textures weights objectives eval_knn",
     "train": "losses masking model data randomness weights objectives eval_knn analyze",
     "bench": "losses masking model data objectives eval_knn eval_linear train"}
-README_ROW = re.compile(r"^\|\s*\[`(\w+\.py)`\]\(\1\)\s*\|\s*(\d+)\s*\|", re.M)
 KNOWN = {*MAY_IMPORT, "tests", "conftest", "."}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
@@ -65,15 +76,98 @@ def test_nothing_runs_what_it_reads(path):
     assert "allow_pickle" not in path.read_text()
 
 
-def test_the_file_map_names_each_file_and_its_length():
-    lengths = dict(README_ROW.findall((ROOT / "README.md").read_text()))
+# ---------- the READMEs ----------
+
+README, STUDY, PROMISES = (
+    (ROOT / place / "README.md").read_text() for place in ("", "study", "tests"))
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+RECORD = """
+python() { printf '%s\\0' python "$@" '' >> words; }
+torchrun() { printf '%s\\0' torchrun "$@" '' >> words; }
+srun() { local task="${!#}"; eval "${task/exec /}"; }
+.() { :; }
+exit() { :; }
+command_not_found_handle() { :; }
+"""
+
+
+def commands(text):
+    """The words of each `python X.py ..` and `torchrun .. X.py ..` of a page, by bash."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    inline = [x.replace("\n", " ") for x in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    found = []
+    for code in ["\n".join(blocks), *(x for x in inline if re.search(r"(python|torchrun) ", x))]:
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, "words").touch()
+            done = subprocess.run([shutil.which("bash"), "-c", RECORD + code], cwd=place,
+                                  env=dict(PATH="/none"), capture_output=True, text=True)
+            found += [x.split("\0") for x in Path(place, "words").read_text().split("\0\0")]
+        assert "syntax error" not in done.stderr, done.stderr
+    return [words for words in found if any(word.endswith(".py") for word in words)]
+
+
+def parse_with(script, words):
+    """The options of a script, from its own parser; nothing behind it runs."""
+    if script == "train.py":
+        return conftest.parse(*words)
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(parser):
+        real(parser, words)
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", commands(README) + commands(STUDY), ids=" ".join)
+def test_each_command_is_understood(words):
+    program, *words = words
+    if program == "torchrun":
+        given = parse_torchrun(words)
+        words = [given.training_script, *given.training_script_args]
+    parse_with(words[0], words[1:])
+
+
+def test_the_method_in_the_readme_learns(capsys):
+    method = PYTHON[0].replace("range(1001)", "range(101)")
+    assert method != PYTHON[0]
+    scope = {}
+    exec(method, scope)
+    assert not any(p.requires_grad for p in scope["teacher"].parameters())
+    rows = re.findall(r"loss ([\d.]+), k-NN ([\d.]+)", capsys.readouterr().out)
+    (first_loss, untrained), (last_loss, trained) = [map(float, row) for row in rows]
+    assert last_loss < 0.6 * first_loss and trained > untrained + 5
+
+
+@pytest.mark.parametrize("code", PYTHON[1:])
+def test_other_code_in_the_readme_runs(code):
+    exec(code, {})
+
+
+def test_the_reading_order_names_each_file_and_its_length():
+    lengths = dict(re.findall(r"^\d+\. \[`(\w+\.py)`\]\(\1\) \((\d+)\)", README, re.M))
     assert sorted(lengths) == [path.name for path in FILES]
     for name, lines in lengths.items():
         assert int(lines) == pytest.approx(len((ROOT / name).read_text().splitlines()), rel=0.1)
 
 
+def test_the_readme_is_read_in_one_sitting():
+    prose = [line for line in FENCED.sub("", README).splitlines() if not line.startswith("|")]
+    assert len(README.splitlines()) <= 180 and len(README.split()) <= 2000
+    assert max(map(len, prose)) <= 130
+
+
+@pytest.mark.parametrize("place, text", [("", README), ("study", STUDY), ("tests", PROMISES)])
+def test_links_to_files_lead_somewhere(place, text):
+    for path in re.findall(r"\]\((?!http)([^)#]+)", FENCED.sub("", text)):
+        assert (ROOT / place / path).exists(), path
+
+
 def test_each_promise_names_a_test_that_exists():
-    promised, _ = (ROOT / "tests" / "README.md").read_text().split("## Not promised")
+    promised, _ = PROMISES.split("## Not promised")
     for promise in promised.split("\n- ")[1:]:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", promise)
         assert named, promise
