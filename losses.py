@@ -1,24 +1,23 @@
 """The mathematics of every objective: pure functions of tensors, each beside its equation.
 
 First the relations that this project is about. Relational knowledge distillation (Park, Kim, Lu,
-Cho 2019, arXiv 1904.05068): a student places N points s_1..s_N, a teacher t_1..t_N (one point an
-image, or one a patch). The student is not asked to put s_i where t_i is, only to keep the
-teacher's *relations* (section 3.2):
+Cho 2019, arXiv 1904.05068): the student has N points s_1..s_N, the teacher t_1..t_N (one point per
+image, or per patch). The student need not place s_i at t_i. It only has to keep the teacher's
+*relations* (section 3.2):
 
     distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|              (eq. 5, 6)
     angle      psi_A(i, j, k) = cos of the angle at x_j between x_i and x_k               (eq. 8)
     loss       mean of huber(psi(student) - psi(teacher))                                 (eq. 7, 9)
                huber(e) = e²/2 for |e| <= 1, |e| - 1/2 beyond                             (eq. 4)
 
-What the relations do not see: both are unchanged when all points are shifted, rotated, mirrored or
-scaled together. So student and teacher may differ in width, and no head is needed to align them;
-but a network whose outputs shrink towards one point keeps a low loss all the way down. The loss
-cannot report that collapse: watch `panel` beside it, as train.py does. And nothing here ties the
-two views of one image to each other: that is what the small `pull_loss` of `rkd` adds.
+Both relations are unchanged when all points are shifted, rotated, mirrored or scaled together. So
+student and teacher may differ in width, and no head has to align them. But the loss stays low while
+all outputs shrink towards one point: watch `panel` for that collapse, as train.py does. And the
+relations do not tie the two views of an image to each other: the small `pull_loss` does.
 
-Then what they are studied against: other relations, contrast, self-distillation, masked prediction.
-The teacher's side (teacher, target, key, center, tokens) never gets a gradient, and all is computed
-in float32 whatever the autocast state.
+Then the systems that relations are compared with: other relations, contrast, self-distillation,
+masked prediction. The teacher's side (teacher, target, key, center, tokens) never gets a gradient.
+All losses are computed in float32, also inside autocast.
 
 Letters: N points, D width, B images, K prototypes, M hidden patches, P values in a patch, ... any
 leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True = hidden.
@@ -29,12 +28,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
+# ---- relations ---------------------------------------------------------------------------------
+
 def squared_distance(x):
     """Squared distances |x_i - x_j|²: (..., N, D) -> (..., N, N), float64 (float32 on MPS).
 
-    |a - b|² = |a|² + |b|² - 2ab costs one matrix product, but cancels: in float32 it keeps no digit
-    of points closer than 3e-4 of their norm, in bf16 it fails at a tenth. Hence centre first, then
-    float64. What is left below rounding is set to the zero that it is, and gets no gradient.
+    |a - b|² = |a|² + |b|² - 2ab costs one matrix product, but digits cancel in the difference: in
+    float32 points closer than 3e-4 of their norm lose all digits. Hence the points are centred and
+    in float64. A square below rounding is set to 0 and gets no gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
         exact = x.device.type != "mps"  # MPS has no float64
@@ -47,19 +48,11 @@ def squared_distance(x):
         return squares.masked_fill_(squares <= (1e-13 if exact else 1e-6) * scale, 0)
 
 
-def pairwise_distance(x):
-    """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
-
-    Blind to shifts and rotations. The gradient is finite everywhere: 0 for rows that coincide,
-    where the square root has no slope. O(N²) memory. Needs `PairwiseDistance`, `squared_distance`.
-    """
-    return PairwiseDistance.apply(x)
-
-
 class PairwiseDistance(torch.autograd.Function):
     """Distances d_ij with their gradient in closed form: dd_ij / dx_i = (x_i - x_j) / d_ij.
 
-    With w_ij = (g_ij + g_ji) / d_ij, of gradients g, that of x_i is sum over j of w_ij (x_i - x_j).
+    Given gradients g_ij, let w_ij = (g_ij + g_ji) / d_ij. The gradient by x_i is then the sum over
+    j of w_ij (x_i - x_j). Where d_ij = 0 the square root has no slope: w_ij is 0 there.
     """
 
     @staticmethod
@@ -78,15 +71,24 @@ class PairwiseDistance(torch.autograd.Function):
         return w.sum(-1, keepdim=True) * x - w @ x  # autograd casts it to the input's dtype
 
 
+def pairwise_distance(x):
+    """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
+
+    Unchanged by shifts and rotations. The gradient is finite everywhere. O(N²) memory.
+    Needs `PairwiseDistance`, `squared_distance`.
+    """
+    return PairwiseDistance.apply(x)
+
+
 def rkd_distance_loss(student, teacher, power=1.0):
     """RKD-D (Park et al. 2019, eq. 5-7): (..., N, Ds), (..., N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the two distance matrices, each divided by its own mean over the N(N-1)
     pairs i != j; mean over those pairs. The gradient flows through the student's mean too. The
-    original code also averages the N zeros of the diagonal: times N / (N-1) gives ours. Blind to
-    shift, rotation and scale of either side. N < 2 raises ValueError.
-    `power` (ours): the teacher's distances are raised to it first. Above 1 they are sharpened, at 0
-    all are equal: the control that asks a student to spread its points, and knows no teacher.
+    original code also averages the N zeros of the diagonal: times N / (N-1) gives ours. Unchanged
+    by shift, rotation and scale of either side. N < 2 raises ValueError.
+    `power` (ours): the teacher's distances are raised to it first. Above 1 it sharpens them. At 0
+    all are equal, a control without any knowledge of the teacher.
     Needs `check_points`, `PairwiseDistance`, `squared_distance`.
     """
     check_points(student, teacher, 2)
@@ -96,11 +98,10 @@ def rkd_distance_loss(student, teacher, power=1.0):
         mean = distances.sum((-2, -1), keepdim=True) / (N * (N - 1))
         return distances / torch.where(mean > 0, mean, 1)  # all points equal: zeros, not 0 / 0
 
-    with torch.no_grad():
-        target = over_mean(PairwiseDistance.apply(teacher))
-        if power != 1:
-            others = 1 - torch.eye(N, dtype=target.dtype, device=target.device)
-            target = over_mean(target ** power * others)  # 0 ** 0 is 1
+    target = over_mean(PairwiseDistance.apply(teacher.detach()))
+    if power != 1:
+        others = 1 - torch.eye(N, dtype=target.dtype, device=target.device)
+        target = over_mean(target ** power * others)  # 0 ** 0 is 1
     loss = F.smooth_l1_loss(over_mean(PairwiseDistance.apply(student)), target)
     return loss * N / (N - 1)  # the diagonal adds zeros
 
@@ -111,27 +112,30 @@ def rkd_angle_loss(student, teacher, vertices=None):
     Huber (beta = 1) between the cosines at vertex j of every triplet of distinct points; exact mean
     over those N(N-1)(N-2) triplets. The original code averages all N³ entries, also those that are
     zero by construction: times N² / ((N-1)(N-2)) gives ours. A side of length zero counts as cosine
-    0. Blind to shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
+    0. Unchanged by shift, rotation and scale. O(N³) time, O(N²) memory, forward and backward.
     `vertices`, a slice or an int64 tensor of distinct indices (K,): only the triplets with such a
     vertex j, O(N²·K) time. Drawn at random their mean is an unbiased estimate; equal parts average
     to the whole, so that processes can share the work. N < 3, or vertices out of range, repeated or
-    none, raise ValueError. Needs `check_points`, `angle_vertices`, `squared_distance`, `AngleHuber`
-    and, on a GPU, `EdgeAngleHuber`, `edge_angle_huber`.
+    none, raise ValueError. Needs `check_points`, `angle_vertices`, `squared_distance`,
+    `angles_by_squares`, `with_gradient` and, on a GPU, `angles_by_edges`.
     """
     check_points(student, teacher, 3)
-    vertices = angle_vertices(vertices, student.shape[-2], student.device)
-    if student.device.type != "cpu":
-        s, t = (x.float().reshape(-1, *x.shape[-2:]) for x in (student, teacher.detach()))
-        return EdgeAngleHuber.apply(s, t, vertices)
+    N, teacher = student.shape[-2], teacher.detach()
+    vertices = angle_vertices(vertices, N, student.device)
 
-    def squares(x):  # (sets, N, N), largest 1: angles do not see scale
+    def squares(x):  # (sets, N, N), the largest is 1: angles do not depend on scale
         x = squared_distance(x)
         largest = x.detach().amax((-2, -1), keepdim=True)
-        return (x / torch.where(largest > 0, largest, 1)).reshape(-1, *x.shape[-2:])
+        return (x / torch.where(largest > 0, largest, 1)).reshape(-1, N, N)
 
-    with torch.no_grad():
-        target = squares(teacher)
-    return AngleHuber.apply(squares(student), target, vertices).float()
+    if student.device.type == "cpu":
+        s, t, summed = squares(student), squares(teacher), angles_by_squares
+    else:
+        s, t = (x.float().reshape(-1, N, x.shape[-1]) for x in (student, teacher))
+        summed = angles_by_edges
+    loss, gradient = summed(s, t, vertices)
+    triplets = len(s) * len(vertices) * (N - 1) * (N - 2)
+    return with_gradient(loss / triplets, gradient / triplets, s).float()
 
 
 def angle_vertices(vertices, N, device):
@@ -139,9 +143,8 @@ def angle_vertices(vertices, N, device):
     if vertices is None or isinstance(vertices, slice):
         vertices = torch.arange(N)[vertices or slice(None)]
     elif vertices.device.type == "cpu" and (
-            vertices.dtype != torch.int64 or vertices.dim() != 1
-            or len(vertices.unique()) != len(vertices)
-            or len(vertices) and not 0 <= vertices.min() <= vertices.max() < N):
+            vertices.dtype != torch.int64 or vertices.shape != vertices.unique().shape
+            or vertices.lt(0).any() or vertices.ge(N).any()):
         raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
     if not len(vertices):
         raise ValueError("no vertices: an angle needs at least one")
@@ -149,121 +152,106 @@ def angle_vertices(vertices, N, device):
     return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
 
 
-def pull_loss(student, teacher):
-    """Mean |s - t|² between the directions of two views of an image: (N, D), (N, D) -> scalar.
-
-    Directions from the centre of the batch: seen from the origin, a large common offset would
-    satisfy the pull at no cost. 2 for unrelated views, 0 for equal ones. Needs `check_pairs`.
-    """
-    check_pairs(student, teacher, 2)
-    s, t = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (student, teacher.detach()))
-    return (s - t).square().sum(-1).mean()
+def with_gradient(value, gradient, x):
+    """`value`, with this gradient by x in one backward pass; the term that is added is 0."""
+    return value + (gradient * (x - x.detach())).sum()
 
 
-class AngleHuber(torch.autograd.Function):
-    """Mean Huber between the angles of two (B, N, N) squared-distance matrices S (law of cosines):
+@torch.no_grad()
+def angles_by_squares(student, teacher, vertices):
+    """Sum of huber over all triplets of two (B, N, N) matrices of squared distances S, on a CPU.
+
+    By the law of cosines, with the gradient by the student's S in closed form, (B, N, N):
 
         c_ik = cos at j = (S_ji + S_jk - S_ik) / (2 d_ji d_jk)
         dc_ik / dS_ik = -1 / (2 d_ji d_jk)
         dc_ik / dS_ji = 1 / (2 d_ji d_jk) - c_ik / (2 S_ji)         (and S_jk alike)
 
-    The loss is a scalar, so its gradient is summed up in the forward pass: nothing of size N³ is
-    ever kept for the backward pass. It goes tile by tile: some vertices j, a block of rows i, and
-    the columns k from that block on, for c_ik = c_ki. What is right of the block counts twice.
-
-    S_jk - S_ik has few digits where i and j are much closer to each other than to k: then all is
-    computed in float64.
+    The gradient is summed in the same pass, tile by tile, so nothing of size N³ is ever kept. A
+    tile: some vertices j, a block of rows i, and the columns k from that block on, for c_ik = c_ki.
+    Columns right of the block count twice. Where i and j are much closer to each other than to k,
+    S_jk - S_ik has few digits: then all tiles are computed in float64.
     """
+    B, N, _ = student.shape
+    exact = torch.compiler.is_compiling() or any(
+        ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
+    if not exact:
+        student, teacher = student.float(), teacher.float()
+    from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
+    inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
+                            for x in (from_s, from_t))
+    total, gradient = student.new_zeros(()), torch.zeros_like(student)
+    at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
+    height = max(32, -(-N // 8))
 
-    @staticmethod
-    def forward(ctx, student, teacher, vertices):
-        (B, N, _), dtype = student.shape, student.dtype
-        exact = torch.compiler.is_compiling() or any(
-            ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
-        if not exact:
-            student, teacher = student.float(), teacher.float()
-        from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
-        inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-                                for x in (from_s, from_t))
-        total, gradient = student.new_zeros(()), torch.zeros_like(student)
-        at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
-        height = max(32, -(-N // 8))
+    def cosine(squares, sides, inverse, j, i, k):
+        half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
+        sides = sides[:, j, i, None] + sides[:, j, None, k]
+        return half, sides.sub_(squares[:, None, i, k]).mul_(half)
 
-        def cosine(squares, sides, inverse, j, i, k):
-            half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
-            sides = sides[:, j, i, None] + sides[:, j, None, k]
-            return half, sides.sub_(squares[:, None, i, k]).mul_(half)
-
-        for top in range(0, N, height):
-            i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
-            chunk = max(1, 2**17 // (B * width * (N - top)))
-            for start in range(0, len(vertices), chunk):
-                j = slice(start, start + chunk)  # of the vertices
-                half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
-                error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
-                error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
-                slope = error.clamp(-1, 1)  # huber'(e)
-                huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
-                total += 2 * huber.sum() - huber[..., :width].sum()
-                slope[..., width:] *= 2
-                push, turn = half.mul_(slope), cos.mul_(slope)
-                gradient[:, i, k] -= push.sum(1)
-                for side, dim in ((i, -1), (k, -2)):
-                    at_vertices[:, j, side] += (
-                        push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
-        gradient.index_add_(1, vertices, at_vertices)
-        triplets = B * len(vertices) * (N - 1) * (N - 2)
-        ctx.save_for_backward((gradient / triplets).to(dtype))
-        return (total / triplets).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None, None
+    for top in range(0, N, height):
+        i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
+        chunk = max(1, 2**17 // (B * width * (N - top)))
+        for start in range(0, len(vertices), chunk):
+            j = slice(start, start + chunk)  # of the vertices
+            half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
+            error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
+            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+            slope = error.clamp(-1, 1)  # huber'(e)
+            huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
+            total += 2 * huber.sum() - huber[..., :width].sum()
+            slope[..., width:] *= 2
+            push, turn = half.mul_(slope), cos.mul_(slope)
+            gradient[:, i, k] -= push.sum(1)
+            for side, dim in ((i, -1), (k, -2)):
+                at_vertices[:, j, side] += (
+                    push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
+    return total, gradient.index_add_(1, vertices, at_vertices)
 
 
-class EdgeAngleHuber(torch.autograd.Function):
-    """The same from points (B, N, D) by unit edges e_ji = (x_i - x_j) / |x_i - x_j|:  c_ik = e_ji e_jk.
+@torch.no_grad()
+def angles_by_edges(student, teacher, vertices):
+    """The same sum and its gradient from points (B, N, D), on a GPU.
 
-    D times the work of the law of cosines, but matrix products, which a GPU has for nothing, and
-    float32 keeps all digits. The gradient is summed up in the forward pass here too:
+    With unit edges e_ji = (x_i - x_j) / |x_i - x_j| the cosine is c_ik = e_ji e_jk. This costs D
+    times the work of the law of cosines, but in matrix products, which a GPU computes fastest, and
+    float32 keeps all digits. The gradient by an edge, e = e_ji:
 
-        d loss / d e_ji = 2 sum over k of huber'_ik e_jk,    then orthogonal to e_ji, divided by d_ji
+        push = 2 sum over k of huber'_ik e_jk,  less its part along e,  divided by d_ji
     """
+    (B, N, D), device = student.shape, student.device.type
 
-    @staticmethod
-    def forward(ctx, student, teacher, vertices):
-        B, N, D = student.shape
-        total, gradient = student.new_zeros(()), torch.zeros_like(student)
-        with torch.autocast(student.device.type, enabled=False):
-            for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
-                loss, push = edge_angle_huber(student, teacher, j)
-                total += loss
-                gradient += push.sum(1)
-                gradient.index_add_(1, j, -push.sum(2))
-        triplets = B * len(vertices) * (N - 1) * (N - 2)
-        ctx.save_for_backward(gradient / triplets)
-        return total / triplets
+    def unit_edges(x, j):
+        edges = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
+        squares = edges.square().sum(-1, keepdim=True)
+        inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
+        return edges * inverse, inverse
 
-    backward = AngleHuber.backward
+    total, gradient = student.new_zeros(()), torch.zeros_like(student)
+    with torch.autocast(device, enabled=False):
+        for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
+            (e, inverse), (other, _) = unit_edges(student, j), unit_edges(teacher, j)
+            error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
+            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+            slope = error.clamp(-1, 1)  # huber'(e)
+            flat = slope.flatten()
+            total += error.flatten() @ flat - (flat @ flat) / 2
+            push = slope @ e
+            push = (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
+            gradient += push.sum(1)
+            gradient.index_add_(1, j, -push.sum(2))
+    return total, gradient
 
 
-def edge_angle_huber(student, teacher, j):
-    """Sum of huber over the triplets at vertices j (K,), and its gradient by edge, (B, K, N, D)."""
-    def unit_edges(x):
-        edge = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
-        square = edge.square().sum(-1, keepdim=True)
-        inverse = torch.where(square > 0, square, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-        return edge * inverse, inverse
+def pull_loss(student, teacher):
+    """Mean |s - t|² between the directions of two views of an image: (N, D), (N, D) -> scalar.
 
-    (e, inverse), (other, _) = unit_edges(student), unit_edges(teacher)
-    error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
-    error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
-    slope = error.clamp(-1, 1)  # huber'(e)
-    flat = slope.flatten()
-    total = error.flatten() @ flat - (flat @ flat) / 2
-    push = slope @ e
-    return total, (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
+    Directions are taken from the batch's mean: seen from the origin, a large common offset would
+    satisfy the pull at no cost. 2 for unrelated views, 0 for equal ones. Needs `check_pairs`.
+    """
+    check_pairs(student, teacher, 2)
+    s, t = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (student, teacher.detach()))
+    return (s - t).square().sum(-1).mean()
 
 
 # ---- other relations: the study's controls -----------------------------------------------------
