@@ -117,7 +117,7 @@ def rkd_angle_loss(student, teacher, vertices=None):
     vertex j, O(N²·K) time. Drawn at random their mean is an unbiased estimate; equal parts average
     to the whole, so that processes can share the work. N < 3, or vertices out of range, repeated or
     none, raise ValueError. Needs `check_points`, `angle_vertices`, `squared_distance`,
-    `angles_by_squares`, `with_gradient` and, on a GPU, `angles_by_edges`.
+    `angles_by_squares` and, on a GPU, `angles_by_edges`.
     """
     check_points(student, teacher, 3)
     N, teacher = student.shape[-2], teacher.detach()
@@ -133,9 +133,10 @@ def rkd_angle_loss(student, teacher, vertices=None):
     else:
         s, t = (x.float().reshape(-1, N, x.shape[-1]) for x in (student, teacher))
         summed = angles_by_edges
-    loss, gradient = summed(s, t, vertices)
     triplets = len(s) * len(vertices) * (N - 1) * (N - 2)
-    return with_gradient(loss / triplets, gradient / triplets, s).float()
+    loss, gradient = (x / triplets for x in summed(s, t, vertices))
+    # what is added has the value 0 and this gradient
+    return (loss + (gradient * (s - s.detach())).sum()).float()
 
 
 def angle_vertices(vertices, N, device):
@@ -150,11 +151,6 @@ def angle_vertices(vertices, N, device):
         raise ValueError("no vertices: an angle needs at least one")
     pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then
     return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
-
-
-def with_gradient(value, gradient, x):
-    """`value`, with this gradient by x in one backward pass; the term that is added is 0."""
-    return value + (gradient * (x - x.detach())).sum()
 
 
 @torch.no_grad()
@@ -259,8 +255,8 @@ def pull_loss(student, teacher):
 def cka_loss(student, teacher):
     """1 - linear CKA (Kornblith et al. 2019, arXiv 1905.00414): (N, Ds), (N, Dt) -> scalar.
 
-    K = X Xᵀ of centred points;  CKA = <K_s, K_t> / (|K_s| |K_t|). Between 0 and 1; blind to shift,
-    rotation and scale of either side, like those above, of all pairs at once. Needs `check_points`.
+    CKA = <K_s, K_t> / (|K_s| |K_t|) with K = X Xᵀ of the centred points, between 0 and 1.
+    Unchanged by shift, rotation and scale of either side. Needs `check_points`.
     """
     check_points(student, teacher, 2, sets=False)
 
@@ -293,7 +289,7 @@ def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.
 # ---- contrast: which of the images of the batch is it? -----------------------------------------
 
 def cosines(a, b):
-    """All cosines between rows: (N, D), (M, D) -> (N, M), float32 whatever the autocast state."""
+    """All cosines between rows: (N, D), (M, D) -> (N, M), float32 also inside autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT
 
@@ -302,7 +298,7 @@ def info_nce_loss(query, key, temperature):
     """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4): (N, D), (N, D) -> scalar.
 
     -log exp(q_i·k_i / temperature) / sum over j of exp(q_i·k_j / temperature), rows normalised
-    here, mean over i. log N if all look alike. No gradient to keys. Needs `check_pairs`, `cosines`.
+    here, mean over i. log N if all rows are equal. Needs `check_pairs`, `cosines`.
     """
     check_pairs(query, key, 2)
     logits = cosines(query, key.detach()) / temperature
@@ -312,8 +308,9 @@ def info_nce_loss(query, key, temperature):
 def nt_xent_loss(a, b, temperature):
     """NT-Xent (SimCLR: Chen et al. 2020, arXiv 2002.05709, eq. 1): (N, D), (N, D) -> scalar.
 
-    InfoNCE of 2N views among each other: the positive of a view is the other view of its image, the
-    negatives: 2N - 2 views of others. log(2N - 1) if all are alike. Needs `check_pairs`, `cosines`.
+    InfoNCE among all 2N views, with gradient to both sides: the positive of a view is the other
+    view of its image, the negatives are the 2N - 2 views of other images. log(2N - 1) if all rows
+    are equal. Needs `check_pairs`, `cosines`.
     """
     check_pairs(a, b, 2)
     views = torch.cat([a, b])
@@ -325,7 +322,10 @@ def nt_xent_loss(a, b, temperature):
 # ---- self-distillation: what would the teacher say? --------------------------------------------
 
 def byol_loss(prediction, target):
-    """Mean 2 - 2 cos(p, z) (Grill et al. 2020, arXiv 2006.07733, eq. 2). Needs `check_pairs`."""
+    """Mean 2 - 2 cos(p, z) (Grill et al. 2020, arXiv 2006.07733, eq. 2): (N, D), (N, D) -> scalar.
+
+    Needs `check_pairs`.
+    """
     check_pairs(prediction, target, 1)
     p, z = F.normalize(prediction.float(), dim=-1), F.normalize(target.detach().float(), dim=-1)
     return 2 - 2 * (p * z).sum(-1).mean()
@@ -334,10 +334,10 @@ def byol_loss(prediction, target):
 def soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                        teacher_temperature):
     """-sum over k of p_t log p_s, p_t centred and sharpened: (..., K), (..., K), (K,) -> (...)."""
-    if student_logits.shape != teacher_logits.shape or center.shape != student_logits.shape[-1:]:
-        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
-                         f"{tuple(teacher_logits.shape)} and center {tuple(center.shape)} must be "
-                         "(..., K), (..., K) and (K,)")
+    shapes = [tuple(x.shape) for x in (student_logits, teacher_logits, center)]
+    if shapes[0] != shapes[1] or shapes[2] != shapes[0][-1:]:
+        raise ValueError("student logits {}, teacher logits {} and center {} must be (..., K), "
+                         "(..., K) and (K,)".format(*shapes))
     target = (teacher_logits.detach().float() - center.detach().float()) / teacher_temperature
     student = (student_logits.float() / student_temperature).log_softmax(-1)
     return -(target.softmax(-1) * student).sum(-1)
@@ -348,9 +348,9 @@ def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
     """DINO (Caron et al. 2021, arXiv 2104.14294, eq. 1 and 2): (N, K), (N, K), (K,) -> scalar.
 
     Cross-entropy of softmax(student / student_temperature) against
-    softmax((teacher - center) / teacher_temperature), mean over N. log K for uniform prototypes;
-    the low teacher temperature sharpens, the centre (`move_center`) keeps one prototype from
-    taking all. Needs `soft_cross_entropy`.
+    softmax((teacher - center) / teacher_temperature), mean over N. log K for uniform prototypes.
+    The low teacher temperature sharpens; the centre (`move_center`) keeps one prototype from
+    winning everywhere. Needs `soft_cross_entropy`.
     """
     return soft_cross_entropy(student_logits, teacher_logits, center, student_temperature,
                               teacher_temperature).mean()
@@ -382,8 +382,8 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
                       teacher_temperature=0.04):
     """iBOT's patch term (Zhou et al. 2022, arXiv 2111.07832, eq. 2) -> scalar.
 
-    DINO's cross-entropy at the hidden patches: mean over those of an image, then over the images;
-    one that hides nothing counts 0. Logits (B, N, K), or of the hidden patches alone (M, K).
+    DINO's cross-entropy at the hidden patches: mean over those of an image, then over the images.
+    An image that hides nothing counts 0. Logits (B, N, K), or of the hidden patches alone (M, K).
     Needs `hidden_rows`, `soft_cross_entropy`.
     """
     student, teacher = (hidden_rows(x, mask) for x in (student_logits, teacher_logits))
@@ -394,7 +394,7 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
 
 
 # ---- masked prediction: what is under the mask? ------------------------------------------------
-# Each takes patches (B, N, ..), or, where that is cheaper, those of the hidden alone, (M, ..).
+# Each takes patches (B, N, ..) or, which can be cheaper, the hidden ones alone, (M, ..).
 
 def hidden_rows(x, mask, dims=3):
     """(B, N, ..) -> the rows of its hidden patches (M, ..), in the order of x[mask]."""
@@ -407,7 +407,7 @@ def hidden_rows(x, mask, dims=3):
 
 
 def average(error):
-    """The mean, 0 where there is nothing."""
+    """The mean of all entries, 0 if there are none."""
     return error.sum() / max(1, error.numel())
 
 
@@ -431,40 +431,34 @@ def standardize(patches):
 def pixel_loss(prediction, patches, mask, normalize=True, p=2):
     """Mean |prediction - pixels|^p over the hidden patches: (B, N, P), (B, N, P), (B, N) -> scalar.
 
-    MAE (He et al. 2021, arXiv 2111.06377): p = 2, the target standardised patch by patch, so that a
-    flat guess has error (P-1)/P. SimMIM (Xie et al. 2021, arXiv 2111.09886): p = 1 and not that.
-    Needs `hidden_rows`, `standardize`.
+    MAE (He et al. 2021, arXiv 2111.06377): p = 2, each target patch standardised, so that a flat
+    guess has error (P-1)/P. SimMIM (Xie et al. 2021, arXiv 2111.09886): p = 1, normalize=False.
+    Needs `hidden_rows`, `standardize`, `average`.
     """
     prediction, patches = (hidden_rows(x, mask) for x in (prediction, patches.detach()))
     if prediction.shape != patches.shape:
         raise ValueError(f"{tuple(prediction.shape)}, {tuple(patches.shape)} must be one shape")
     target = standardize(patches) if normalize else patches.float()
-    return ((prediction.float() - target).abs() ** p).sum() / max(1, target.numel())
+    return average((prediction.float() - target).abs() ** p)
 
 
 def feature_loss(prediction, target, mask, beta=1.0):
     """Smooth L1 to the teacher's features at the hidden patches: (B, N, D) twice, (B, N) -> scalar.
 
     dBOT (Liu et al. 2022, arXiv 2209.03917). Mean over the hidden patches of the batch: e²/(2 beta)
-    for |e| < beta, |e| - beta/2 beyond (dBOT's code: beta = 2). The target comes normalised.
-    Needs `hidden_rows`, `check_pairs`.
+    for |e| < beta, |e| - beta/2 beyond (dBOT's code: beta = 2). The caller normalises the target.
+    Needs `hidden_rows`, `check_pairs`, `average`.
     """
     prediction, target = (hidden_rows(x, mask) for x in (prediction, target.detach()))
     check_pairs(prediction, target, 0)
-    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="sum", beta=beta)
-    return error / max(1, target.numel())
+    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none", beta=beta)
+    return average(error)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
 
 def check_points(student, teacher, least, sets=True):
-    """Refuse what has no relation: sets of different size, or of fewer than `least` points."""
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"student {student.dtype}, teacher {teacher.dtype}: points are of "
-                         "floating point; convert them with .float()")
-    if student.device != teacher.device:
-        raise ValueError(f"the student's points are on {student.device}, the teacher's on "
-                         f"{teacher.device}: move them to one device")
+    """Refuse sets of points that differ in their number, or have fewer than `least` points."""
     if (student.dim() < 2 or student.dim() > 2 and not sets
             or student.shape[:-1] != teacher.shape[:-1]):
         raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
@@ -476,7 +470,7 @@ def check_points(student, teacher, least, sets=True):
 
 
 def check_pairs(a, b, least):
-    """Refuse rows that are not the partners of each other, or fewer than `least` of them."""
+    """Refuse rows that do not belong to each other, or fewer than `least` of them."""
     if a.dim() != 2 or a.shape != b.shape:
         raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: both sides must have one shape "
                          "(N, D), row i of one belonging to row i of the other")
@@ -501,17 +495,19 @@ def effective_rank(x):
 
 
 def panel(student, teacher):
-    """What the losses cannot see, from the points (N, D) of two views, as four numbers.
+    """Signs of collapse as numbers, from the points (N, D) of two views.
 
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
-    points, times sqrt(D): 1 if isotropic, 0 for one point. alignment: mean |s - t|² of two views of
-    an image (none if `student` is None). uniformity: log mean exp(-2|t_i - t_j|²), 0 for one point,
-    lower is more uniform (both: Wang & Isola 2020, arXiv 2005.10242). Needs `effective_rank`.
+    points, times sqrt(D): 1 if isotropic, 0 for one point. uniformity: log mean exp(-2|t_i - t_j|²),
+    0 for one point, lower is more uniform. alignment: mean |s - t|² of two views of an image, left
+    out if `student` is None. (The last two: Wang & Isola 2020, arXiv 2005.10242.)
+    Needs `effective_rank`.
     """
     t = F.normalize(teacher)
-    seen = {} if student is None else dict(
-        alignment=(F.normalize(student.detach()) - t).square().sum(1).mean().item())
     others = (t @ t.T)[~torch.eye(len(t), dtype=torch.bool, device=t.device)]  # cos, i != j
-    return dict(effective_rank=effective_rank(teacher),
-                feature_std=t.std(0).mean().item() * t.shape[1] ** 0.5, **seen,
+    seen = dict(effective_rank=effective_rank(teacher),
+                feature_std=t.std(0).mean().item() * t.shape[1] ** 0.5,
                 uniformity=(4 * others - 4).exp().mean().log().item())
+    if student is not None:
+        seen["alignment"] = (F.normalize(student.detach()) - t).square().sum(1).mean().item()
+    return seen

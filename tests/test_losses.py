@@ -427,8 +427,6 @@ LEAST = dict(rkd_distance=2, rkd_angle=3, cka=2, ressl=3, info_nce=2, nt_xent=2,
     *[(LOSSES[name][0], cloud(5), cloud(5), SIZES) for name in LEAST],  # no points
     *[(LOSSES[name][0], POINTS, POINTS[:2], SIZES) for name in LEAST],  # two counts of sets
     *[(LOSSES[name][0], POINTS, POINTS, SIZES) for name in LEAST if "rkd" not in name],  # sets
-    *[(LOSSES[name][0], POINTS[0].long(), POINTS[0], "int64") for name in RELATIONS],
-    *[(LOSSES[name][0], POINTS[0], POINTS[0].to("meta"), "cpu.*meta") for name in RELATIONS],
     *[(partial(loss, mask=HIDDEN), POINTS, POINTS[:2], SIZES) for loss, _ in MASKED.values()],
     *[(partial(loss, mask=mask), POINTS, POINTS, f"{SIZES} {mask.dtype}")
       for loss, _ in MASKED.values() for mask in (HIDDEN.float(), HIDDEN[:2], HIDDEN[0], HIDDEN.T)],
