@@ -139,106 +139,6 @@ def rkd_angle_loss(student, teacher, vertices=None):
     return (loss + (gradient * (s - s.detach())).sum()).float()
 
 
-def angle_vertices(vertices, N, device):
-    """A slice, a tensor of indices or None (all) -> indices (K,) of N points, checked."""
-    if vertices is None or isinstance(vertices, slice):
-        vertices = torch.arange(N)[vertices or slice(None)]
-    elif vertices.device.type == "cpu" and (
-            vertices.dtype != torch.int64 or vertices.shape != vertices.unique().shape
-            or vertices.lt(0).any() or vertices.ge(N).any()):
-        raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
-    if not len(vertices):
-        raise ValueError("no vertices: an angle needs at least one")
-    pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then
-    return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
-
-
-@torch.no_grad()
-def angles_by_squares(student, teacher, vertices):
-    """Sum of huber over all triplets of two (B, N, N) matrices of squared distances S, on a CPU.
-
-    By the law of cosines, with the gradient by the student's S in closed form, (B, N, N):
-
-        c_ik = cos at j = (S_ji + S_jk - S_ik) / (2 d_ji d_jk)
-        dc_ik / dS_ik = -1 / (2 d_ji d_jk)
-        dc_ik / dS_ji = 1 / (2 d_ji d_jk) - c_ik / (2 S_ji)         (and S_jk alike)
-
-    The gradient is summed in the same pass, tile by tile, so nothing of size N³ is ever kept. A
-    tile: some vertices j, a block of rows i, and the columns k from that block on, for c_ik = c_ki.
-    Columns right of the block count twice. Where i and j are much closer to each other than to k,
-    S_jk - S_ik has few digits: then all tiles are computed in float64.
-    """
-    B, N, _ = student.shape
-    exact = torch.compiler.is_compiling() or any(
-        ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
-    if not exact:
-        student, teacher = student.float(), teacher.float()
-    from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
-    inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-                            for x in (from_s, from_t))
-    total, gradient = student.new_zeros(()), torch.zeros_like(student)
-    at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
-    height = max(32, -(-N // 8))
-
-    def cosine(squares, sides, inverse, j, i, k):
-        half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
-        sides = sides[:, j, i, None] + sides[:, j, None, k]
-        return half, sides.sub_(squares[:, None, i, k]).mul_(half)
-
-    for top in range(0, N, height):
-        i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
-        chunk = max(1, 2**17 // (B * width * (N - top)))
-        for start in range(0, len(vertices), chunk):
-            j = slice(start, start + chunk)  # of the vertices
-            half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
-            error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
-            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
-            slope = error.clamp(-1, 1)  # huber'(e)
-            huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
-            total += 2 * huber.sum() - huber[..., :width].sum()
-            slope[..., width:] *= 2
-            push, turn = half.mul_(slope), cos.mul_(slope)
-            gradient[:, i, k] -= push.sum(1)
-            for side, dim in ((i, -1), (k, -2)):
-                at_vertices[:, j, side] += (
-                    push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
-    return total, gradient.index_add_(1, vertices, at_vertices)
-
-
-@torch.no_grad()
-def angles_by_edges(student, teacher, vertices):
-    """The same sum and its gradient from points (B, N, D), on a GPU.
-
-    With unit edges e_ji = (x_i - x_j) / |x_i - x_j| the cosine is c_ik = e_ji e_jk. This costs D
-    times the work of the law of cosines, but in matrix products, which a GPU computes fastest, and
-    float32 keeps all digits. The gradient by an edge, e = e_ji:
-
-        push = 2 sum over k of huber'_ik e_jk,  less its part along e,  divided by d_ji
-    """
-    (B, N, D), device = student.shape, student.device.type
-
-    def unit_edges(x, j):
-        edges = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
-        squares = edges.square().sum(-1, keepdim=True)
-        inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-        return edges * inverse, inverse
-
-    total, gradient = student.new_zeros(()), torch.zeros_like(student)
-    with torch.autocast(device, enabled=False):
-        for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
-            (e, inverse), (other, _) = unit_edges(student, j), unit_edges(teacher, j)
-            error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
-            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
-            slope = error.clamp(-1, 1)  # huber'(e)
-            flat = slope.flatten()
-            total += error.flatten() @ flat - (flat @ flat) / 2
-            push = slope @ e
-            push = (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
-            gradient += push.sum(1)
-            gradient.index_add_(1, j, -push.sum(2))
-    return total, gradient
-
-
 def pull_loss(student, teacher):
     """Mean |s - t|² between the directions of two views of an image: (N, D), (N, D) -> scalar.
 
@@ -455,29 +355,6 @@ def feature_loss(prediction, target, mask, beta=1.0):
     return average(error)
 
 
-# ---- bad input ---------------------------------------------------------------------------------
-
-def check_points(student, teacher, least, sets=True):
-    """Refuse sets of points that differ in their number, or have fewer than `least` points."""
-    if (student.dim() < 2 or student.dim() > 2 and not sets
-            or student.shape[:-1] != teacher.shape[:-1]):
-        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
-                         f"must be ({'..., ' * sets}N, D) with the same N points; only the width D "
-                         "may differ")
-    if student.shape[-2] < least:
-        raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
-                         "use a larger batch")
-
-
-def check_pairs(a, b, least):
-    """Refuse rows that do not belong to each other, or fewer than `least` of them."""
-    if a.dim() != 2 or a.shape != b.shape:
-        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: both sides must have one shape "
-                         "(N, D), row i of one belonging to row i of the other")
-    if len(a) < least:
-        raise ValueError(f"{len(a)} point(s): this loss needs at least {least}; use a larger batch")
-
-
 # ---- what the losses cannot see ----------------------------------------------------------------
 
 def effective_rank(x):
@@ -498,10 +375,10 @@ def panel(student, teacher):
     """Signs of collapse as numbers, from the points (N, D) of two views.
 
     effective_rank, of the teacher's points. feature_std: spread of a dimension of the normalised
-    points, times sqrt(D): 1 if isotropic, 0 for one point. uniformity: log mean exp(-2|t_i - t_j|²),
-    0 for one point, lower is more uniform. alignment: mean |s - t|² of two views of an image, left
-    out if `student` is None. (The last two: Wang & Isola 2020, arXiv 2005.10242.)
-    Needs `effective_rank`.
+    points, times sqrt(D): 1 if isotropic, 0 for one point. uniformity: log mean over pairs of
+    exp(-2|t_i - t_j|²), 0 for one point, lower is more uniform. alignment: mean |s - t|² of two
+    views of an image, left out if `student` is None. (The last two: Wang & Isola 2020, arXiv
+    2005.10242.) Needs `effective_rank`.
     """
     t = F.normalize(teacher)
     others = (t @ t.T)[~torch.eye(len(t), dtype=torch.bool, device=t.device)]  # cos, i != j
@@ -511,3 +388,128 @@ def panel(student, teacher):
     if student is not None:
         seen["alignment"] = (F.normalize(student.detach()) - t).square().sum(1).mean().item()
     return seen
+
+
+# ---- the sum of angle errors over all triplets, tile by tile -----------------------------------
+
+@torch.no_grad()
+def angles_by_squares(student, teacher, vertices):
+    """Sum of huber over all triplets of two (B, N, N) matrices of squared distances S, on a CPU.
+
+    By the law of cosines, with the gradient by the student's S in closed form, (B, N, N):
+
+        c_ik = cos at j = (S_ji + S_jk - S_ik) / (2 d_ji d_jk)
+        dc_ik / dS_ik = -1 / (2 d_ji d_jk)
+        dc_ik / dS_ji = 1 / (2 d_ji d_jk) - c_ik / (2 S_ji)         (and S_jk alike)
+
+    The gradient is summed in the same pass, tile by tile, so nothing of size N³ is ever kept. A
+    tile: some vertices j, a block of rows i, and the columns k from that block on, for c_ik = c_ki.
+    Columns right of the block count twice. Where i and j are much closer to each other than to k,
+    S_jk - S_ik has few digits: then all tiles are computed in float64.
+    """
+    B, N, _ = student.shape
+    exact = torch.compiler.is_compiling() or any(
+        ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
+    if not exact:
+        student, teacher = student.float(), teacher.float()
+    from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
+    inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
+                            for x in (from_s, from_t))
+    total, gradient = student.new_zeros(()), torch.zeros_like(student)
+    at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
+    height = max(32, -(-N // 8))
+
+    def cosine(squares, sides, inverse, j, i, k):
+        half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
+        sides = sides[:, j, i, None] + sides[:, j, None, k]
+        return half, sides.sub_(squares[:, None, i, k]).mul_(half)
+
+    for top in range(0, N, height):
+        i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
+        chunk = max(1, 2**17 // (B * width * (N - top)))
+        for start in range(0, len(vertices), chunk):
+            j = slice(start, start + chunk)  # of the vertices
+            half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
+            error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
+            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+            slope = error.clamp(-1, 1)  # huber'(e)
+            huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
+            total += 2 * huber.sum() - huber[..., :width].sum()
+            slope[..., width:] *= 2
+            push, turn = half.mul_(slope), cos.mul_(slope)
+            gradient[:, i, k] -= push.sum(1)
+            for side, dim in ((i, -1), (k, -2)):
+                at_vertices[:, j, side] += (
+                    push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
+    return total, gradient.index_add_(1, vertices, at_vertices)
+
+
+@torch.no_grad()
+def angles_by_edges(student, teacher, vertices):
+    """The same sum and its gradient from points (B, N, D), on a GPU.
+
+    With unit edges e_ji = (x_i - x_j) / |x_i - x_j| the cosine is c_ik = e_ji e_jk. This costs D
+    times the work of the law of cosines, but in matrix products, which a GPU computes fastest, and
+    float32 keeps all digits. The gradient by an edge, e = e_ji:
+
+        push = 2 sum over k of huber'_ik e_jk,  less its part along e,  divided by d_ji
+    """
+    (B, N, D), device = student.shape, student.device.type
+
+    def unit_edges(x, j):
+        edges = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
+        squares = edges.square().sum(-1, keepdim=True)
+        inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
+        return edges * inverse, inverse
+
+    total, gradient = student.new_zeros(()), torch.zeros_like(student)
+    with torch.autocast(device, enabled=False):
+        for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
+            (e, inverse), (other, _) = unit_edges(student, j), unit_edges(teacher, j)
+            error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
+            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+            slope = error.clamp(-1, 1)  # huber'(e)
+            flat = slope.flatten()
+            total += error.flatten() @ flat - (flat @ flat) / 2
+            push = slope @ e
+            push = (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
+            gradient += push.sum(1)
+            gradient.index_add_(1, j, -push.sum(2))
+    return total, gradient
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+def angle_vertices(vertices, N, device):
+    """A slice, a tensor of indices or None (all) -> indices (K,) of N points, checked."""
+    if vertices is None or isinstance(vertices, slice):
+        vertices = torch.arange(N)[vertices or slice(None)]
+    elif vertices.device.type == "cpu" and (
+            vertices.dtype != torch.int64 or vertices.shape != vertices.unique().shape
+            or vertices.lt(0).any() or vertices.ge(N).any()):
+        raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
+    if not len(vertices):
+        raise ValueError("no vertices: an angle needs at least one")
+    pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then
+    return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
+
+
+def check_points(student, teacher, least, sets=True):
+    """Refuse sets of points that differ in their number, or have fewer than `least` points."""
+    if (student.dim() < 2 or student.dim() > 2 and not sets
+            or student.shape[:-1] != teacher.shape[:-1]):
+        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
+                         f"must be ({'..., ' * sets}N, D) with the same N points; only the width D "
+                         "may differ")
+    if student.shape[-2] < least:
+        raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
+                         "use a larger batch")
+
+
+def check_pairs(a, b, least):
+    """Refuse rows that do not belong to each other, or fewer than `least` of them."""
+    if a.dim() != 2 or a.shape != b.shape:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: both sides must have one shape "
+                         "(N, D), row i of one belonging to row i of the other")
+    if len(a) < least:
+        raise ValueError(f"{len(a)} point(s): this loss needs at least {least}; use a larger batch")
