@@ -161,8 +161,8 @@ ARGUMENTS = {  # of those that do not take two sets of points
     "masked_token_loss": (LOGITS, LOGITS.argmax(-1), HIDDEN),
     "pixel_loss feature_loss": (LOGITS, LOGITS + 1, HIDDEN),
     "random_mask block_mask inverse_block_mask": (2, (4, 6), 0.5, seeded(3)),
-    "hidden_count": (0.5, 24), "attention_mask hide_highest": (X, 0.5),
-    "inside": (torch.arange(4).view(1, -1, 1), torch.arange(6), *torch.ones(4, 2))}
+    "hidden_count": (0.5, 24), "attention_mask": (X, 0.5),
+    "inside": ((4, 6), *torch.ones(4, 2))}
 ARGUMENTS = {name: given for names, given in ARGUMENTS.items() for name in names.split()}
 FUNCTIONS = [x for module in (losses, masking) for x in vars(module).values()
              if inspect.isfunction(x) and x.__module__ == module.__name__]
