@@ -69,8 +69,8 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     between `min_patches` (on small grids a twelfth of the patches) and the number that is lacking,
     its aspect ratio in [min_aspect, 1 / min_aspect]. As in BEiT's code a rectangle is refused if it
     spans the grid or hides too many. After ten refusals BEiT stops, on average .5 of 75 patches
-    short; here a rectangle is then cut, from a random side, to hit the count. Patches that 99 rounds
-    have not hidden (ratios near 1) are drawn at random. Needs `hidden_count`, `inside`.
+    short; here a rectangle is then cut, from a random side, to hit the count. What 99 rounds have
+    not hidden (ratios near 1) is drawn at random. Needs `hidden_count`, `inside`.
     """
     (gh, gw), N = grid, grid[0] * grid[1]
     least = max(1, min(min_patches, N // 12))
@@ -79,7 +79,7 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     refused = torch.zeros_like(lacking)
     by_row = torch.arange(N, device=mask.device)
     by_column = by_row % gw * gh + by_row // gw
-    sides = torch.stack([by_row, -by_row, by_column, -by_column])  # in which order a cut keeps cells
+    sides = torch.stack([by_row, -by_row, by_column, -by_column])  # a cut keeps the first cells
 
     def first(order, count):  # (B, N), (B,): the first `count` cells of each row in this order
         return order.argsort(1).argsort(1) < count.unsqueeze(1)

@@ -1,21 +1,21 @@
-"""The Vision Transformer that student and teacher share, and what stands on it.
+"""The Vision Transformer that student and teacher share, its heads and its decoder.
 
-An image is cut into N = gh·gw patches; each becomes a token of width D; a CLS token goes first;
-blocks of attention and MLP follow, pre-norm (Dosovitskiy et al. 2020, arXiv 2010.11929):
+An image is cut into N = gh·gw patches. Each becomes a token of width D, and a CLS token goes first.
+Blocks of attention and MLP follow, pre-norm (Dosovitskiy et al. 2020, arXiv 2010.11929):
 
     x = [cls, E patch_1, .., E patch_N] + pos
     x = x + attention(norm1(x));  x = x + mlp(norm2(x))      (depth times)        -> norm(x)
 
 Parameter names are those of timm and DINO, so published weights load as they are (weights.py).
-Hidden patches (masking.py: bool (B, N), True = hidden) either become the `mask_token`, which stands
-in for their pixels and keeps their position, or are dropped, which at 75 % costs a quarter. The
-teacher is the student's moving average (`ema_update`; Tarvainen & Valpola 2017, arXiv 1703.01780).
-What stands on a backbone is here too: projection heads, prototypes, the decoder of masked
-prediction. LayerScale and registers are there for the weights of others (DINOv2) and off in our own
-networks. Left out: relative and rotary positions, gated MLPs, other norms.
+Hidden patches (masking.py: bool (B, N), True = hidden) become the `mask_token` at the same
+position, or are dropped: at 75 % a forward pass then costs a quarter. The teacher is the student's
+moving average (`ema_update`; Tarvainen & Valpola 2017, arXiv 1703.01780). LayerScale and registers
+are for the weights of DINOv2; our own networks do without.
+Left out: relative and rotary positions, gated MLPs, other norms.
 
 Letters: B images, N patches, V visible patches, D width, H heads, P patch size in pixels.
 """
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -31,7 +31,7 @@ def patchify(images, patch_size):
 
 
 def to_device(index, device):
-    """A tensor on the device; from the CPU through pinned memory, else a GPU would finish first."""
+    """A tensor on the device. From pinned memory, so that the CPU need not wait for the GPU."""
     if device.type == "cuda" and index.device.type == "cpu":
         index = index.pin_memory()
     return index.to(device, non_blocking=True)
@@ -55,8 +55,8 @@ def sincos_positions(grid, dim):
 class PatchEmbed(nn.Module):
     """Patches (B, V, 3, P, P) -> tokens (B, V, D), each from its own pixels alone.
 
-    Plain: one linear map, stored as timm's convolution `proj`. With `conv_stem` a few strided
-    convolutions run inside each patch (zero-padded at its border): small networks learn faster from
+    One linear map, stored as timm's convolution `proj`. With `conv_stem` a few strided convolutions
+    run inside each patch instead (zero-padded at its border): small networks learn faster with
     them, and still no pixel of a hidden patch reaches a visible token.
     """
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x, part=slice(None)):
-        """Some of q, k and v, all three unless said: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
+        """q, k and v, or a slice of these three: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
         B, N, D = x.shape
         weight, bias = (w.unflatten(0, (3, D))[part].flatten(0, 1) for w in self.qkv.parameters())
         qkv = F.linear(x, weight, bias).view(B, N, -1, self.num_heads, D // self.num_heads)
@@ -104,19 +104,9 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
     def weights(self, x):
-        """The attention map itself, (B, H, N, N): for pictures and for attention-guided masks."""
+        """The attention map (B, H, N, N), for pictures and for attention-guided masks."""
         q, k, _ = self.heads(x)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -137,19 +127,21 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
     def skip(self, x):
-        """Stochastic depth: drop an image's branch with this probability (arXiv 1603.09382)."""
+        """Stochastic depth (arXiv 1603.09382): drop a branch of an image at a rate `drop_path`."""
         if not self.training or self.drop_path == 0:
             return x
         keep = 1 - self.drop_path
         return x * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep) / keep
 
     def forward(self, x, cls_only=False):
-        """(B, N, D) -> the same; of the first token alone (B, 1, D) at the price of one query."""
+        """(B, N, D) -> (B, N, D), or with `cls_only` the first token (B, 1, D) from one query."""
         x = (x[:, :1] if cls_only else x) + self.skip(self.ls1(self.attn(self.norm1(x), cls_only)))
         return x + self.skip(self.ls2(self.mlp(self.norm2(x))))
 
@@ -157,11 +149,11 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """`vit(images, mask)`: (B, 3, height, width) -> (B, 1 + N, D), CLS first, after the final norm.
 
-    Any image whose sides the patch size divides will do: where its grid is not the one that the
-    model was built for, `pos_embed` is interpolated (bicubic) to that very grid, square or not.
-    With `layer_scale` it is antialiased, as in timm and in DINOv2 with registers; else not, as in
-    DINO and iBOT (whose scale is 0.1 patches off). `registers`: so many tokens more for the blocks
-    to write to (arXiv 2309.16588), without positions, last, and not among the tokens returned.
+    The patch size must divide both sides of an image. For another grid than the one that the model
+    was built for, `pos_embed` is interpolated (bicubic) to the exact grid, square or not: with
+    antialiasing if there is `layer_scale`, as in timm and in DINOv2 with registers, else without,
+    as in DINO and iBOT (whose scale is 0.1 patches off). `registers`: number of additional tokens
+    (arXiv 2309.16588). They come last, have no positions and are not returned.
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
@@ -209,38 +201,37 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, patches.flatten(2).mT], 1)
 
     def embed(self, images, mask=None, drop=False):
-        """Images to the tokens that enter the first block. A mask with `drop` needs equal rows."""
+        """Images to the tokens that enter the first block: CLS, patches, registers."""
         B, _, height, width = images.shape
         gh, gw = self.grid_of(height, width)
         if mask is not None and (mask.shape != (B, gh * gw) or mask.dtype != torch.bool):
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool {(B, gh * gw)}")
-        patches = patchify(images, self.patch_size)
-        pos = self.positions((gh, gw))
-        if mask is not None and drop:
-            visible = (~mask).sum(1).tolist()  # a mask on the CPU costs no wait for the GPU here
-            if min(visible) != max(visible):
-                raise ValueError(f"dropping needs as many visible patches in each image, not "
-                                 f"{min(visible)} to {max(visible)}")
-            kept = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible[0]]  # (B, V)
-            kept = to_device(kept, images.device)
+        patches, pos = patchify(images, self.patch_size), self.positions((gh, gw))
+        if mask is None:
+            x = self.patch_embed(patches) + pos[:, 1:]
+        elif drop:
+            V = {*(~mask).sum(1).tolist()}  # a mask on the CPU costs no wait for the GPU here
+            if len(V) > 1:
+                raise ValueError("dropping needs as many visible patches in each image, not "
+                                 f"{min(V)} to {max(V)}")
+            order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first
+            kept = to_device(order[:, :min(V)], images.device)  # (B, V)
             rows = torch.arange(B, device=images.device).unsqueeze(1)
-            patches = patches[rows, kept]  # (B, V, 3, P, P), in order
-            x = self.patch_embed(patches) + pos[0, 1:][kept]
+            x = self.patch_embed(patches[rows, kept]) + pos[0, 1:][kept]
         else:
             x = self.patch_embed(patches)
-            if mask is not None:
-                mask = to_device(mask, images.device)
-                x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-            x = x + pos[:, 1:]
+            hidden = to_device(mask, images.device).unsqueeze(-1)
+            x = torch.where(hidden, self.mask_token.to(x.dtype), x) + pos[:, 1:]
         tokens = [(self.cls_token + pos[:, :1]).expand(B, -1, -1), x]
         if self.registers:
             tokens.append(self.reg_token.expand(B, -1, -1))
         return torch.cat(tokens, 1)
 
     def forward(self, images, mask=None, drop=False, norm=True, cls_only=False):
-        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` the visible only, (B, 1 + V, D).
+        """(B, 3, height, width) -> (B, 1 + N, D); with `drop` CLS and the visible, (B, 1 + V, D).
 
-        `cls_only` gives (B, 1, D) and saves most of the last block, whose patches nobody reads.
+        `drop` needs equally many hidden patches in each image. `cls_only` gives (B, 1, D) and
+        saves most of the last block.
         """
         x = self.embed(images, mask, drop)
         for block in self.blocks[:-1]:
@@ -257,7 +248,7 @@ class VisionTransformer(nn.Module):
         return [self.norm(x) for x in out[-n:]]
 
     def last_attention(self, images):
-        """What CLS attends to in the last block: (B, H, N) over the patches."""
+        """The attention of CLS to the patches in the last block: (B, H, N)."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -273,14 +264,14 @@ def init_linear(module):
             nn.init.zeros_(module.bias)
 
 
-# ---- what stands on a backbone -----------------------------------------------------------------
+# ---- heads and decoder -------------------------------------------------------------------------
 
 def mlp_head(dim, hidden, out, layers=2, norm=nn.LayerNorm, activation=nn.GELU, last=None,
              bias=True):
     """Projection head or predictor: (.., dim) -> (.., out).
 
-    With LayerNorm between, which looks at one sample alone; objectives.py puts the BatchNorm there
-    that SimCLR, MoCo v3 and BYOL have. `last`: a norm behind the last layer.
+    LayerNorm sees one sample alone. For SimCLR, MoCo v3 and BYOL objectives.py gives BatchNorm as
+    `norm`. `last`: a norm behind the last layer.
     """
     widths, steps = [dim] + [hidden] * (layers - 1), []
     for before, width in zip(widths, widths[1:]):
@@ -311,10 +302,10 @@ class PrototypeHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What is under the mask? Visible tokens (B, 1 + V, D), mask (B, N) -> (B, 1 + N, out).
+    """MAE's decoder: visible tokens (B, 1 + V, D), mask (B, N) -> predictions (B, 1 + N, out).
 
-    MAE's light decoder (arXiv 2111.06377, section 3): a mask token at each hidden place, fixed
-    positions, a few blocks, one linear map. Heads are 32 wide, as in MAE's (512 in 16).
+    A mask token at each hidden place, fixed positions, a few blocks, one linear map (arXiv
+    2111.06377, section 3). Heads are 32 wide, as in MAE (512 in 16).
     """
 
     def __init__(self, grid, dim, out, width=512, depth=8, drop_path=0.0):
@@ -333,14 +324,15 @@ class Decoder(nn.Module):
         self.apply(init_linear)
 
     def forward(self, tokens, mask):
-        if set((~mask).sum(1).tolist()) - {tokens.shape[1] - 1}:
-            raise ValueError(f"{tokens.shape[1] - 1} visible tokens an image, but the mask leaves "
+        N, V = mask.shape[1], tokens.shape[1] - 1
+        if (~mask).sum(1).ne(V).any():
+            raise ValueError(f"{V} visible tokens per image, but the mask leaves "
                              f"{(~mask).sum(1).tolist()[:8]}")
         x = self.embed(tokens)
-        tokens = self.mask_token.to(x.dtype).expand(len(x), mask.shape[1] + 1 - x.shape[1], -1)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), N - V, -1)
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first
         place = to_device(order.argsort(1), x.device).unsqueeze(2)  # of each patch in that order
-        patches = torch.cat([x[:, 1:], tokens], 1).gather(1, place.expand(-1, -1, x.shape[2]))
+        patches = torch.cat([x[:, 1:], hidden], 1).gather(1, place.expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], patches], 1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))
 
@@ -349,7 +341,7 @@ class Decoder(nn.Module):
 def ema_update(teacher, student, momentum):
     """teacher = momentum · teacher + (1 - momentum) · student, by name; buffers are copied.
 
-    What only the student has (a predictor) is passed over.
+    Parameters that only the student has (a predictor) are skipped.
     """
     parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
     targets = dict(teacher.named_parameters())
@@ -368,8 +360,8 @@ def pool_tokens(tokens, pool):
     return torch.cat([makers[name]() for name in pool.split("+")], 1)
 
 
-# name -> constructor; tiny, small and base are DeiT's, small_12heads is MoCo v3's ViT-S, large and
-# huge are the ViT paper's, micro and mini are for images of 32 pixels
+# name -> constructor. DeiT's tiny, small and base, MoCo v3's ViT-S with 12 heads, the ViT paper's
+# large and huge; micro and mini are ours, for images of 32 pixels.
 ARCHS = dict(
     vit_micro=partial(VisionTransformer, embed_dim=64, depth=2, num_heads=2, conv_stem=True),
     vit_mini=partial(VisionTransformer, embed_dim=128, depth=4, num_heads=4, conv_stem=True),
