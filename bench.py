@@ -1,19 +1,19 @@
-"""How fast, against what? Each row is a ratio to what the authors' code does, written out here.
+"""Speed and memory: each row is a ratio to what the authors' code does, written out here.
 
     ratio = time of the reference / time of ours, both in this process, taking turns
 
-    distance N     relation of N points; reference: RKD (lenscloth/RKD), one product a side
-    angle N        the same; reference: RKD's unit vectors (N, N, D) and all cosines
-    ibot ARCH      step of 2 x 224 px, batch 8, 8192 prototypes; reference: bytedance/ibot
-    dino ARCH      .. of 2 x 224 + 8 x 96 px, 65,536 prototypes; reference: facebookresearch/dino
+    distance N     relation of N points; reference: RKD (lenscloth/RKD), one product per side
+    angle N        relation of N points; reference: RKD's unit vectors (N, N, D) and all cosines
+    ibot ARCH      step, 2 x 224 px, batch 8, 8192 prototypes; reference: bytedance/ibot
+    dino ARCH      step, 2 x 224 + 8 x 96 px, 65,536 prototypes; reference: facebookresearch/dino
     views          500 x 375 JPEGs to 2 x 224 + 8 x 96 px; reference: DINO's augmentation by PIL
     block masks    1024 masks of 14 x 14 patches; reference: BEiT's generator (microsoft/unilm)
-    k-NN one, four 200 queries, so many k; reference: DINO's eval_knn.py, a search per k
-    probe C        linear probe on C classes at ten learning rates; reference: DINO's, one by one
+    k-NN four      200 queries at four values of k; reference: DINO's eval_knn.py, a search per k
+    probe 10       linear probe, 10 classes, ten learning rates; reference: DINO's, one by one
     train          on a GPU, without a reference: images/s, peak memory and utilisation
 
-tests/test_bench.py holds each reference to our result. Printed are medians, quartiles of the ratio
-and peak memory: of the process on a CPU (Linux, one thread), of the allocator on a GPU.
+tests/test_bench.py checks that each reference gives our result. The table shows medians, quartiles
+of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of the allocator).
 
     python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
     python bench.py --scale scale.png            # time and memory of relations as points grow
@@ -52,7 +52,7 @@ from objectives import System
 # ---- relations -----------------------------------------------------------------------------------
 
 def original_distance(student, teacher):
-    """RKD-D as in metric/loss.py of lenscloth/RKD: squares by one product, in float32."""
+    """RKD-D as in metric/loss.py of lenscloth/RKD: squared distances by one product, in float32."""
     def normalized(x):
         lengths = x.square().sum(1)
         squares = lengths.unsqueeze(1) + lengths - 2 * x @ x.T
@@ -66,7 +66,7 @@ def original_distance(student, teacher):
 
 
 def original_angle(student, teacher):
-    """RKD-A as there: all unit vectors (N, N, D) and all cosines (N, N, N)."""
+    """RKD-A as in the same file: all unit vectors (N, N, D) and all cosines (N, N, N)."""
     def cosines(x):
         unit = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=-1)
         return torch.bmm(unit, unit.mT)
@@ -77,7 +77,7 @@ def original_angle(student, teacher):
 
 
 def relation(N, device, *losses):
-    """Forward and backward of relations between N points, as functions to time."""
+    """Forward and backward pass of each loss between N points, as functions to time."""
     student, teacher = torch.randn(2, N, 256, device=device)
     student.requires_grad_()
     return [lambda loss=loss: torch.autograd.grad(loss(student, teacher), student)
@@ -87,7 +87,7 @@ def relation(N, device, *losses):
 # ---- a step of training --------------------------------------------------------------------------
 
 def original_vit(vit, images, mask=None):
-    """DINO's and iBOT's network: a convolution, explicit attention -> (B, 1 + N, D)."""
+    """The forward pass of DINO and iBOT: a convolution, explicit attention -> (B, 1 + N, D)."""
     x = vit.patch_embed.proj(images)
     grid, x = tuple(x.shape[2:]), x.flatten(2).mT
     if mask is not None:
@@ -102,7 +102,7 @@ def original_vit(vit, images, mask=None):
 
 
 def original_logits(network, name, tokens, views, mask=None):
-    """Views of one size share a forward, all views one call of the head: (B, tokens, K) each."""
+    """Logits (B, tokens, K) per view: one forward pass per image size, one call of the head."""
     sizes = [torch.cat([*group]) for _, group in groupby(views, key=lambda x: x.shape[-1])]
     x = torch.cat([original_vit(network.backbone, images, mask)[:, tokens] for images in sizes])
     head = network.heads[name]
@@ -113,7 +113,8 @@ def original_logits(network, name, tokens, views, mask=None):
 def original_loss(system, views, mask=None):
     """DINO's loss (main_dino.py), or with a mask iBOT's (main_ibot.py), its head on every token.
 
-    As there, the softmax of a teacher's view is computed once, that of a student's once per pair.
+    As in their code the softmax of a teacher's view is computed once, that of a student's once per
+    pair of views.
     """
     def target(teacher, center):
         return ((teacher - center) / system.args.teacher_temperature[0]).softmax(-1)
@@ -145,7 +146,7 @@ def original_ema(teacher, student, momentum):
 
 
 def training_system(loss, arch, device, batch, size=224, **options):
-    """(system, views, mask) of one batch, with published heads; local views have 3/7 of a side."""
+    """(system, views, mask) of one batch, with published heads; local views: 3/7 of the side."""
     options = {"image-size": size, "patch-size": 16, "pool": "cls", "prototypes": 8192,
                "projection": 256, "head-hidden": 2048, "temperature": 0.1} | options
     args = train.parse([f"--loss={loss}", f"--arch={arch}", f"--batch-size={batch}",
@@ -157,7 +158,7 @@ def training_system(loss, arch, device, batch, size=224, **options):
 
 
 def stepper(system, original=False, autocast=False):
-    """A function of (views, mask): loss, gradient, clipping, AdamW and moving average."""
+    """A step as a function of (views, mask): loss, gradient, clipping, AdamW, moving average."""
     parameters = [p for p in system.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=None if original else True)
 
@@ -173,12 +174,11 @@ def stepper(system, original=False, autocast=False):
     return step
 
 
-def training_step(loss, arch, device="cpu", **options):
-    contenders = []
-    for original in (True, False):
-        system, views, mask = training_system(loss, arch, device, 8, **options)
-        contenders.append(partial(stepper(system, original), views, mask))
-    return contenders
+def training_step(loss, arch, device, **options):
+    def contender(original):
+        system, *batch = training_system(loss, arch, device, 8, **options)
+        return partial(stepper(system, original), *batch)
+    return contender(True), contender(False)
 
 
 # ---- views and masks -----------------------------------------------------------------------------
@@ -188,7 +188,7 @@ BLUR, SOLARIZE = [1.0, 0.1] + [0.5] * 8, [0.0, 0.2] + [0.0] * 8  # probabilities
 
 
 def photographs(count):
-    """JPEGs as bytes: noise of two scales at ImageNet's median size."""
+    """JPEGs as bytes: noise at two scales, of ImageNet's median size."""
     generator, pixels = torch.Generator().manual_seed(0), 0.5
     for amplitude, cell in ((0.2, 32), (0.05, 2)):
         noise = torch.randn(count, 3, 375 // cell, 500 // cell, generator=generator)
@@ -210,7 +210,7 @@ def pil_pipeline(crop, blur, solarize):
 
 
 def views(files):
-    """JPEG bytes -> ten batches of views: PIL crop by crop, and ours."""
+    """JPEG bytes -> ten batches of views: by PIL, crop by crop, and ours."""
     pipelines = [pil_pipeline(*view) for view in zip(MULTI_CROP, BLUR, SOLARIZE)]
     folder = Folder([io.BytesIO(file) for file in files], [0] * len(files), ["one"])
 
@@ -253,7 +253,7 @@ def block_masks(batch):
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def knn(references, tests, ks=(10, 20, 100, 200), D=384, device="cpu", classes=1000):
-    """DINO's eval_knn.py: unit features, then a search per k and one-hot votes; and ours."""
+    """DINO's eval_knn.py (unit features, then a search per k and one-hot votes), and ours."""
     known, asked = torch.randn(references + tests, D, device=device).split([references, tests])
     labels = torch.randint(classes, (references,), device=device)
 
@@ -274,7 +274,7 @@ def knn(references, tests, ks=(10, 20, 100, 200), D=384, device="cpu", classes=1
 
 
 def probe(count, classes, device="cpu", epochs=1, D=384):
-    """DINO's probe (eval_linear.py) at ten learning rates, one run each; and ours, all at once."""
+    """DINO's probe (eval_linear.py) at ten learning rates, one run each, and ours, all at once."""
     lrs = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]
     features = torch.randn(count, D, device=device)
     labels = torch.randint(classes, (count,), device=device)
@@ -282,8 +282,8 @@ def probe(count, classes, device="cpu", epochs=1, D=384):
 
     def original(lr):
         layer = nn.Linear(D, classes, device=device)
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
         optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
         for x, y in batches:
@@ -304,32 +304,29 @@ def probe(count, classes, device="cpu", epochs=1, D=384):
 # ---- the table -----------------------------------------------------------------------------------
 
 def rows(device, quick):
-    """name -> maker of (reference, ours)."""
+    """name -> maker of (reference, ours), two functions."""
     def relations(N):
-        return {f"distance {N}": partial(relation, N, device, original_distance, rkd_distance_loss),
-                f"angle {N}": partial(relation, N, device, original_angle, rkd_angle_loss)}
+        return {f"distance {N}": lambda: relation(N, device, original_distance, rkd_distance_loss),
+                f"angle {N}": lambda: relation(N, device, original_angle, rkd_angle_loss)}
 
-    step, search = partial(training_step, device=device), partial(knn, device=device)
     files, known, features = (4, 10000, 5000) if quick else (8, 50000, 20000)
-    table = {
-        **relations(256),
-        "ibot vit_tiny": partial(step, "ibot", "vit_tiny"),
-        "k-NN one": partial(search, known, 200, [20]),
-        "k-NN four": partial(search, known, 200, [10, 20, 100, 200]),
-        "probe 10": partial(probe, features, 10, device),
-        "probe 1000": partial(probe, features, 1000, device)}
+    table = relations(256) | {
+        "ibot vit_tiny": lambda: training_step("ibot", "vit_tiny", device),
+        "k-NN four": lambda: knn(known, 200, device=device),
+        "probe 10": lambda: probe(features, 10, device)}
     if device == "cpu":
         table |= {"views": lambda: views(photographs(files)),
-                  "block masks": partial(block_masks, 1024)}
+                  "block masks": lambda: block_masks(1024)}
     if not quick:
         published = {"prototypes": 65536, "local-crops": 8}
-        table |= {"dino vit_tiny": partial(step, "dino", "vit_tiny", **published),
-                  "ibot vit_small": partial(step, "ibot", "vit_small"), **relations(512)}
+        table |= relations(512) | {
+            "dino vit_tiny": lambda: training_step("dino", "vit_tiny", device, **published),
+            "ibot vit_small": lambda: training_step("ibot", "vit_small", device)}
     return table
 
 
 def interleaved(contenders, device, seconds):
-    """Times of each contender, taking turns for so many seconds; the first turn is a warm-up."""
+    """Times of each contender; they take turns for `seconds`, and the first turn is a warm-up."""
     def timed(run):
         start = time.perf_counter()
         run()
@@ -375,7 +372,7 @@ def peak_memory(run, device):
 
 
 def measure(name, make, device, seconds):
-    """Print a row of the table, and return it as plain numbers."""
+    """Print a row of the table and return its numbers."""
     contenders = make()
     peaks = [peak_memory(run, device) for run in contenders]  # while the heap is unused
     times = interleaved(contenders, device, seconds)
@@ -393,7 +390,7 @@ def measure(name, make, device, seconds):
 def training(args, compiled):
     """Images/s, peak memory and utilisation of a GPU that trains --arch in bf16.
 
-    Utilisation is against the FLOP/s that a large bf16 matrix product reaches in the same run.
+    Utilisation is relative to the FLOP/s of a large bf16 matrix product in the same run.
     """
     system, *batch = training_system("rkd", args.arch, args.device, args.batch_size)
     step = partial(stepper(system, autocast=True), *batch)
@@ -412,7 +409,7 @@ def training(args, compiled):
 
 
 def scale(path, device):
-    """Draw time and memory of both relations against the number of points."""
+    """Draw time and memory of both relations over the number of points."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -436,12 +433,12 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller rows, fewer repetitions")
-    add("--only", nargs="+", metavar="WORD", help="rows that start so, as angle, views; train: GPU")
+    add("--only", nargs="+", metavar="WORD", help="rows whose names start so: angle, views")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
         help="where to run")
     add("--scale", metavar="PNG", help="draw the cost of relations instead of the table")
-    add("--arch", default="vit_small", choices=ARCHS, help="train: the ViT")
-    add("--batch-size", type=whole(1), default=256, help="train: images per step")
+    add("--arch", default="vit_small", choices=ARCHS, help="row train: the ViT")
+    add("--batch-size", type=whole(1), default=256, help="row train: images per step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
