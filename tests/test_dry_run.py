@@ -1,8 +1,9 @@
-"""The step on a GPU that is not here: tensors with shape, dtype and device, but no memory.
+"""The step on a GPU without one: CUDA tensors with a shape, a dtype and a device, but no memory.
 
-Operations on CPU tensors run for real. Those with a CUDA tensor run as fakes: mixed devices raise,
-and whatever makes a GPU finish first is noted: its results read by the CPU, or a copy to it that
-does not come from pinned memory. Autograd wants a driver: forward only.
+Operations on CPU tensors run for real. Operations with a CUDA tensor only compute shapes: mixed
+devices raise, and each wait for the GPU is noted, which is a result that the CPU reads, or a copy
+to the GPU from memory that is not pinned. Autograd needs a driver, so only forward passes are run.
+Attention is counted in its explicit form; a GPU has one fused kernel for it and writes less.
 """
 import pytest
 import torch
@@ -19,6 +20,7 @@ from objectives import OBJECTIVES, System
 from randomness import uniform
 
 aten = torch.ops.aten
+FREE = "empty", "_unsafe_view"  # no kernel: memory, or another shape
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 OPTIONS = {"rkd": "--patch-weight 1", "dino": "--local-crops 2", "mae+rkd": "--pool cls",
            "ibot+0.5*rkd": "--local-crops 1 --head 8", "dino+rkd": "--mask attention --mask-ratio 0.5",
@@ -26,7 +28,7 @@ OPTIONS = {"rkd": "--patch-weight 1", "dino": "--local-crops 2", "mae+rkd": "--p
 
 
 class DryGPU(FakeTensorMode):
-    """Counts the kernels of a GPU and the bytes that they write, and lists what it waits for."""
+    """Counts kernels and the bytes that they write, and lists all waits for the GPU."""
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
@@ -51,8 +53,11 @@ class DryGPU(FakeTensorMode):
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             assert all(isinstance(x, FakeTensor) and x.dtype != torch.bool
                        for x in args[1] if x is not None), f"{func} by bools, or from the CPU"
+        before = self.kernels
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if not func.is_view:
+        composite = self.kernels > before  # it is made of operations that have been counted
+        if not (composite or func.is_view or func.namespace == "prim"
+                or any(word in func.name() for word in FREE)):
             self.kernels += 1
             self.bytes += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))
         return out
@@ -87,7 +92,7 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(loss, dry):
         dry.waits, mask = [], torch.arange(16).expand(16, 16) < 8
     found, logs, points = system(views, views, mask, 0.5)
     assert all(x.device.type == "cuda" for x in (found, *filter(torch.is_tensor, points)))
-    assert dry.waits == [] and 100 < dry.kernels < 3000 and dry.bytes < 2 * 10**8
+    assert dry.waits == [] and 50 < dry.kernels < 1500 and dry.bytes < 10**8
 
 
 def test_views_are_cut_and_coloured_without_a_wait(dry):
@@ -95,7 +100,7 @@ def test_views_are_cut_and_coloured_without_a_wait(dry):
     draws = [uniform(count, 0, torch.arange(8, device="cuda")) for count in (23, 9)]
     dry.restart()
     coloured(crop(images, draws[0], 32, (0.4, 1.0), True), draws[1], dict(solarize_probability=0.2))
-    assert dry.waits == [] and dry.kernels < 400
+    assert dry.waits == [] and dry.kernels < 300
 
 
 def test_evaluations_mix_no_devices(dry):
@@ -114,4 +119,4 @@ def test_angles_at_32_of_1024_images_cost_few_kernels_and_bytes(dry):
     vertices = torch.arange(32)
     dry.restart()
     losses.rkd_angle_loss(student, teacher, vertices)
-    assert dry.kernels <= 150 and dry.bytes <= 1.5e9 and dry.waits == []
+    assert dry.kernels <= 75 and dry.bytes <= 1.5e9 and dry.waits == []
