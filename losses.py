@@ -33,9 +33,9 @@ from torch.autograd.function import once_differentiable
 def squared_distance(x):
     """Squared distances |x_i - x_j|²: (..., N, D) -> (..., N, N), float64 (float32 on MPS).
 
-    |a - b|² = |a|² + |b|² - 2ab costs one matrix product, but digits cancel in the difference: in
-    float32 points closer than 3e-4 of their norm lose all digits. Hence the points are centred and
-    in float64. A square below rounding is set to 0 and gets no gradient.
+    |a - b|² = |a|² + |b|² - 2ab costs one matrix product, but the difference cancels digits: in
+    float32 no digit is left of points closer than 3e-4 of their norm. Hence the points are centred
+    and in float64. A square below rounding is set to 0 and gets no gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
         exact = x.device.type != "mps"  # MPS has no float64
@@ -135,7 +135,7 @@ def rkd_angle_loss(student, teacher, vertices=None):
         summed = angles_by_edges
     triplets = len(s) * len(vertices) * (N - 1) * (N - 2)
     loss, gradient = (x / triplets for x in summed(s, t, vertices))
-    # what is added has the value 0 and this gradient
+    # the added term is 0, and its gradient by s is `gradient`
     return (loss + (gradient * (s - s.detach())).sum()).float()
 
 
@@ -294,15 +294,14 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
 
 
 # ---- masked prediction: what is under the mask? ------------------------------------------------
-# Each takes patches (B, N, ..) or, which can be cheaper, the hidden ones alone, (M, ..).
+# Each takes patches (B, N, D) or, which can be cheaper, the hidden patches alone, (M, D).
 
-def hidden_rows(x, mask, dims=3):
-    """(B, N, ..) -> the rows of its hidden patches (M, ..), in the order of x[mask]."""
-    rows = x.dim() == dims - 1 and len(x) == int(mask.sum())
-    if mask.dtype != torch.bool or mask.dim() != 2 or not (
-            rows or x.dim() == dims and x.shape[:2] == mask.shape):
+def hidden_rows(x, mask):
+    """(B, N, D) -> the rows of its hidden patches (M, D), in the order of x[mask]."""
+    rows = x.dim() == 2 and len(x) == int(mask.sum())
+    if mask.dtype != torch.bool or mask.dim() != 2 or not (rows or x.shape[:-1] == mask.shape):
         raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool (B, N), True = "
-                         f"hidden, for (B, N, ..) or its hidden rows, not {tuple(x.shape)}")
+                         f"hidden, for (B, N, D) or its hidden rows (M, D), not {tuple(x.shape)}")
     return x if rows else x[mask]
 
 
@@ -317,8 +316,8 @@ def masked_token_loss(logits, tokens, mask):
     Logits (B, N, K), tokens (B, N) int64 -> scalar, the mean over all hidden patches of the batch;
     log K for a uniform guess. Needs `hidden_rows`, `average`.
     """
-    logits, tokens = hidden_rows(logits, mask), hidden_rows(tokens, mask, dims=2)
-    return average(F.cross_entropy(logits.float(), tokens, reduction="none"))
+    logits, tokens = hidden_rows(logits, mask), hidden_rows(tokens.unsqueeze(-1), mask)
+    return average(F.cross_entropy(logits.float(), tokens.squeeze(-1), reduction="none"))
 
 
 def standardize(patches):
@@ -446,7 +445,7 @@ def angles_by_squares(student, teacher, vertices):
 
 @torch.no_grad()
 def angles_by_edges(student, teacher, vertices):
-    """The same sum and its gradient from points (B, N, D), on a GPU.
+    """The same sum from points (B, N, D), and its gradient by the student's points, on a GPU.
 
     With unit edges e_ji = (x_i - x_j) / |x_i - x_j| the cosine is c_ik = e_ji e_jk. This costs D
     times the work of the law of cosines, but in matrix products, which a GPU computes fastest, and
@@ -454,7 +453,7 @@ def angles_by_edges(student, teacher, vertices):
 
         push = 2 sum over k of huber'_ik e_jk,  less its part along e,  divided by d_ji
     """
-    (B, N, D), device = student.shape, student.device.type
+    B, N, D = student.shape
 
     def unit_edges(x, j):
         edges = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
@@ -463,7 +462,7 @@ def angles_by_edges(student, teacher, vertices):
         return edges * inverse, inverse
 
     total, gradient = student.new_zeros(()), torch.zeros_like(student)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(student.device.type, enabled=False):
         for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
             (e, inverse), (other, _) = unit_edges(student, j), unit_edges(teacher, j)
             error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
