@@ -70,26 +70,22 @@ def test_patches_are_cut_row_by_row():
     assert patchify(images, 4).equal(unfold(images, 4, stride=4).mT.reshape(2, 6, 3, 4, 4))
 
 
-def test_vit_is_cls_and_convolved_patches_plus_positions_through_blocks_and_norm():
-    vit = small()
+@extras
+def test_vit_is_cls_patches_and_registers_plus_positions_through_blocks_and_norm(extras):
+    vit, other = small(**extras), small(**extras)
     x = torch.cat([vit.cls_token.expand(2, 1, D), vit.patch_embed.proj(IMAGES).flatten(2).mT], 1)
-    x = vit.blocks[1](vit.blocks[0](x + vit.pos_embed))
+    x = x + vit.pos_embed
+    if extras:  # registers come last, have no position and are not returned
+        x = torch.cat([x, vit.reg_token.expand(2, -1, -1)], 1)
+        other.reg_token.data.neg_()
+        assert (other(IMAGES) - vit(IMAGES)).abs().amax(-1).min() > 1e-3  # each token sees them
+    for block in vit.blocks:
+        first, second = (block.ls1.gamma, block.ls2.gamma) if extras else (1, 1)
+        x = x + first * block.attn(block.norm1(x))
+        x = x + second * block.mlp(block.norm2(x))
+    x = x[:, :1 + N]
     assert_close(vit(IMAGES, norm=False), x)
     assert_close(vit(IMAGES), layer_norm(x, [D], vit.norm.weight, vit.norm.bias, eps=1e-6))
-
-
-@pytest.mark.parametrize("registers", [1, 3])
-def test_layer_scale_weighs_both_branches_and_registers_are_tokens_that_are_not_returned(registers):
-    vit = small(layer_scale=True, registers=registers)
-    x = vit.embed(IMAGES)
-    assert_close(x, torch.cat([x[:, :1 + N], vit.reg_token.expand(2, -1, -1)], 1))  # no position
-    for block in vit.blocks:
-        x = x + block.ls1.gamma * block.attn(block.norm1(x))
-        x = x + block.ls2.gamma * block.mlp(block.norm2(x))
-    assert_close(vit(IMAGES), vit.norm(x)[:, :1 + N])
-    other = small(layer_scale=True, registers=registers)
-    other.reg_token.data.neg_()
-    assert (other(IMAGES) - vit(IMAGES)).abs().amax(-1).min() > 1e-3  # each token sees them
 
 
 @extras
