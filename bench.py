@@ -341,25 +341,25 @@ def interleaved(contenders, device, seconds):
 
 
 def peak_memory(run, device):
-    """Bytes that a call needs at most beyond what is there; None where that cannot be measured."""
+    """Peak bytes of a call beyond those allocated before; None where that cannot be measured."""
     if device == "cuda":
         run()  # allocates what stays: workspaces, gradients, the state of AdamW
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():  # Linux alone has it
+    if not Path("/proc/self/clear_refs").exists():  # only Linux has it
         return None
 
     def peak():
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
-    def measured():  # in a child, because its allocator is made to return all freed memory
+    def measured():  # in a child, since its allocator is made to return all freed memory
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-        run()  # the same, and code is read into memory
+        run()  # as above, and code is read into memory
         libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is there
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
         before = peak()
         run()
         found.value = peak() - before
