@@ -11,18 +11,16 @@ A; in the form of BYOL, arXiv 2006.07733, appendix B).
 Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue.
 Letters: B images, S side of a view in pixels.
 """
-import functools
 import hashlib
 import itertools
 import math
 import os
-import re
 import sys
 import unicodedata
-import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,11 +30,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import (adjust_contrast, adjust_hue, center_crop,
                                                gaussian_blur, pil_to_tensor, resize, rotate)
+from torchvision.transforms.v2.functional import resized_crop  # as PIL's, four times faster
 
 from randomness import uniform
 from textures import TEXTURES, textures
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors stay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, used for every set
 
@@ -58,27 +55,17 @@ class DataError(ValueError):
     """The run cannot go on, since images cannot be read: why, in one line, and the way out."""
 
 
-class UnreadableImages(DataError):
-    """More than a tenth of a set cannot be read."""
-
-
 def eight_bits(image):
     """A grey PIL image of floats or of more than 8 bits (mode F, I or I;16) -> one of 8 bits.
 
-    White is the smallest of 255, 1023, 4095, 16383, 65535 (8, 10 .. 16 bits) that no pixel of it
-    exceeds, or 1 for floats that are at most 1. ValueError: other ranges, such as negative values.
+    White is the smallest of 1 (floats), 255, 1023 .. 65535 (8 .. 16 bits) that no pixel exceeds.
     """
     values = np.asarray(image, np.float32)
     low, high = values.min(), values.max()
-    floats = image.mode == "F"
-    white = next((w for w in (1, 255, 1023, 4095, 16383, 65535)[not floats:] if high <= w), None)
-    if not low >= 0 or not white or floats and 1 < high < 16:  # black, if of 0 .. 255
+    white = next((w for w in (1, 255, 1023, 4095, 16383, 65535) if high <= w), None)
+    if not low >= 0 or not white:
         raise ValueError(f"values {low:g} .. {high:g}, not 0 .. 1 or 0 .. 255 or up to 16 bits")
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-
-
-WHY = {FileNotFoundError: "dead link, or removed", Image.UnidentifiedImageError: "not an image",
-       Image.DecompressionBombError: "too large, a decompression bomb"}
 
 
 class Folder(torch.utils.data.Dataset):
@@ -89,43 +76,40 @@ class Folder(torch.utils.data.Dataset):
 
     def __init__(self, files, labels, classes, root=""):
         self.files, self.labels, self.classes = files, torch.tensor(labels), classes
-        self.root, self.unreadable, self.why = root, set(), {}
+        self.root, self.unreadable = root, set()
 
     def __len__(self):
         return len(self.files)
 
     def open(self, index):
-        """A PIL image in RGB, upright; None where it cannot be read: `why` says the reason."""
+        """A PIL image in RGB, upright; the reason, a string, where it cannot be read."""
         try:
             with Image.open(self.files[index]) as image:
                 image = ImageOps.exif_transpose(image)
                 return (eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
         except Exception as error:  # PIL raises many kinds for a broken file
-            self.why[index] = (WHY.get(type(error)) or getattr(error, "strerror", None)
-                               or str(error) or repr(error))
-            return None
+            return getattr(error, "strerror", None) or str(error) or repr(error)
 
     def __getitem__(self, key):
         make, index = key
         bad = {}
         for other in itertools.chain(range(index, len(self)), range(index)):
             image = self.open(other)
-            if image:
+            if not isinstance(image, str):
                 return make(image, other), other, bad
-            bad[other] = self.why[other]
-        raise UnreadableImages(f"no image of this set can be read: {bad[index]}")
+            bad[other] = image
+        raise DataError(f"no image of this set can be read: {bad[index]}")
 
     def report(self, bad, looked_at=None):
         """Name files found unreadable, once per process; stop above a tenth of those looked at."""
-        self.why.update(bad)
-        every, looked_at = sorted(self.unreadable.union(bad)), looked_at or len(self)
-        if len(every) > 0.1 * looked_at:
-            names = ", ".join(f"{self.files[i]} ({self.why[i]})" for i in every[:10])
-            raise UnreadableImages(f"{len(every)} of {looked_at} images cannot be read, more than "
-                                   f"10 %: repair or remove {names}")
-        for index in sorted(set(bad) - self.unreadable):
-            print(f"unreadable, skipped: {self.files[index]} ({bad[index]})", file=sys.stderr)
-        self.unreadable.update(bad)
+        new = {i: f"{self.files[i]} ({bad[i]})" for i in sorted(set(bad) - self.unreadable)}
+        self.unreadable.update(new)
+        count, looked_at = len(self.unreadable), looked_at or len(self)
+        if count > 0.1 * looked_at:
+            raise DataError(f"{count} of {looked_at} images cannot be read, more than 10 %: repair "
+                            f"or remove {', '.join([*new.values()][:10])}")
+        for text in new.values():
+            print(f"unreadable, skipped: {text}", file=sys.stderr)
 
 
 def fingerprint(data):
@@ -145,95 +129,87 @@ def fingerprint(data):
 
 def center_view(image, index, size):
     """Of a PIL image for evaluation, as published: short side to size·256/224, then the centre."""
-    most = 4 * min(image.size)  # of a strip, its middle: whole it would become huge
-    if max(image.size) > most:
-        left, top = (max(0, side - most) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
     image = resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC)
     return [pil_to_tensor(center_crop(image, size))]
 
 
-HIDDEN = re.compile(r"\.|[@#$~][a-z_]{2}|(__macosx|__pycache__|lost\+found|recycler|"
-                    r"system volume information)$", re.IGNORECASE)  # files of systems and tools
-PART = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?)[_-]?(images|set|data|\d*)",
-                  re.IGNORECASE)  # a part of a set rather than a class
+HIDDEN = (".", "@eaDir", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found", "__MACOSX",
+          "__pycache__", "System Volume Information")  # beginnings of names, of systems and tools
 
 
 def scan(root, left_out):
     """root/CLASS/../image -> [(file, class)], "." for images straight in root.
 
     A real folder is visited once, links to folders last. Classes are named in one unicode form
-    (NFC). `left_out` collects {why: paths}.
+    (NFC). `left_out` collects {why: files}, hidden and system files aside.
     """
-    Image.init()
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images, visited, starts, above = [], set(), [root], os.path.realpath(root)
+    images, starts = [], [root]
+    visited = {*map(str, Path(root).resolve().parents)}  # links to these would lead back to root
 
     def failed(error):
-        left_out[f"unreadable folder, {error.strerror}"].append(error.filename)
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): move it elsewhere, "
+                         "or make it readable")
 
-    for place, folders, found in itertools.chain.from_iterable(
-            os.walk(start, onerror=failed) for start in starts):
+    for place, folders, names in itertools.chain.from_iterable(
+            os.walk(start, onerror=failed) for start in starts):  # links are appended to starts
         real = os.path.realpath(place)
-        if real in visited or above.startswith(os.path.join(real, "")):
+        if real in visited:
             left_out["link to a folder that is visited anyway"].append(place)
             folders.clear()
             continue
         visited.add(real)
-        hidden = {name for name in folders + found if HIDDEN.match(name)}
-        folders[:] = sorted({*folders} - hidden)
-        starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        starts += filter(os.path.islink, (os.path.join(place, name) for name in folders))
         class_name = unicodedata.normalize("NFC", os.path.relpath(place, root).split(os.sep)[0])
-        for name in sorted(hidden) + sorted({*found} - hidden):
-            path, end = os.path.join(place, name), os.path.splitext(name)[1].lower()
-            if name in hidden:
-                left_out["hidden or system file"].append(path)
-            elif end in readable:
-                images.append((path, class_name))
+        for name in sorted(name for name in names if not name.startswith(HIDDEN)):
+            file, end = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if end in readable:
+                images.append((file, class_name))
             else:
-                left_out[f"{end or 'nameless'} file without a reader" if os.path.exists(path)
-                         else "dead link"].append(path)
+                left_out[f"{end or 'nameless'} file without a reader" if os.path.exists(file)
+                         else "dead link"].append(file)
     return images
 
 
 def find_test(path, classes, left_out):
     """[(file, class)] of the first of P/val .. P/test with classes of train/, and what to say."""
     note = ""
-    for place in (os.path.join(path, name) for name in ("val", "valid", "validation", "test")):
-        if not os.path.isdir(place):
-            continue
+    places = [os.path.join(path, name) for name in ("val", "valid", "validation", "test")]
+    for place in filter(os.path.isdir, places):
         images = scan(place, left_out)
-        names = {name for _, name in images}
-        unknown = ", ".join(sorted(names - {*classes, "."})[:5])
-        if unknown and names & {*classes}:
+        known = [pair for pair in images if pair[1] in classes]
+        unknown = ", ".join(sorted({name for _, name in images} - {*classes, "."})[:5])
+        if known and unknown:
             raise ValueError(f"{place} has classes that train/ lacks: {unknown}{told(left_out)}")
-        if names & {*classes}:
+        if known:
             left_out["image without a class"] = [file for file, name in images if name == "."]
-            return [pair for pair in images if pair[1] != "."], note
+            return known, note
         found = f"folders {unknown!a}" if unknown else f"{len(images)} images without classes"
         note += f"; {place!a} is not used: it holds {found}"
     return [], note + "; no evaluation: that needs train/CLASS/image and val/CLASS/image"
 
 
 def told(left_out):
-    """In words: how many files or folders were left out, why, and the first of each."""
-    return "".join(f"; left out: {len(paths)} {why} ({paths[0]!a})"
-                   for why, paths in left_out.items() if paths)
+    """In words: how many files were left out, why, and the first of each reason."""
+    return "".join(f"; left out: {len(files)} {why} ({files[0]!a})"
+                   for why, files in left_out.items() if files)
 
 
 def read_folder(path):
     """P/train/CLASS/image, P/val/CLASS/image -> train, test; test None: nothing to evaluate by.
 
     val may be called valid, validation or test. Of P/CLASS/image every tenth image per class is
-    held out. P/image and P/train/image have no classes. One line says what was found and left out.
+    held out. P/image and P/train/image have no class. One line says what was found and left out.
     """
     if not path or not os.path.isdir(path):
         raise ValueError(f"--data-path {path!r} is no folder: give one that holds "
                          "train/CLASS/image and val/CLASS/image, or just images")
-    whole, place = os.path.join(path, ""), os.path.join(path, "train", "")
-    place, left_out = place if os.path.isdir(place) else whole, defaultdict(list)
+    whole, left_out = os.path.join(path, ""), defaultdict(list)
+    split = os.path.isdir(os.path.join(path, "train"))
+    place = os.path.join(path, "train", "") if split else whole
     train = scan(place, left_out)
-    if place == whole and any(name == "." for _, name in train):  # what lies deeper is no class
+    if not split and any(name == "." for _, name in train):  # what lies deeper is no class
         left_out["image in a sub-folder"] = [file for file, name in train if name != "."]
         train = [pair for pair in train if pair[1] == "."]
     if not train:
@@ -241,19 +217,18 @@ def read_folder(path):
                          f"CLASS/ or beside it{told(left_out)}")
     classes = sorted({name for _, name in train} - {"."})
     deep = sum(file.count(os.sep, len(place)) > 1 for file, _ in train) > len(train) / 2
-    if deep and (place == whole or len(classes) == 1) \
-            or place == whole and any(map(PART.fullmatch, classes)):
-        likely = os.path.join(place, next(filter(PART.fullmatch, classes), classes[0]))
+    if deep and (not split or len(classes) == 1):
         raise ValueError(f"{place} would have the classes {', '.join(classes[:5])}: is there one "
-                         f"folder too much? Move them to train/CLASS/, or --data-path {likely}")
-    if place == whole and classes:
+                         "folder too much? Move them to train/CLASS/, or --data-path "
+                         f"{os.path.join(place, classes[0])}")
+    if split or not classes:
+        test, note = find_test(path, {*classes}, left_out)
+    else:
         of_class = {name: [] for name in classes}
         for pair in train:
             of_class[pair[1]].append(pair)
         test = [pair for own in of_class.values() for pair in own[9::10] or own[1:][-1:]]
         train, note = sorted({*train} - {*test}), ", every tenth per class"
-    else:
-        test, note = find_test(path, classes, left_out)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{len(train)} images, {len(classes)} classes {classes[:3]!a}, {len(test)} test "
               f"images{note}{told(left_out)}")
@@ -266,17 +241,18 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
     """Look at some images: many broken stop the run here; small ones of one size move to memory."""
     def look(index):
         image = folder.open(index)
-        return image and (image.size, all(low == high for low, high in image.getextrema()))
+        return image if isinstance(image, str) else (image.size, image.getextrema())
 
     with ThreadPoolExecutor(8) as pool:
         some = np.unique(np.linspace(0, len(folder) - 1, probes).astype(int)).tolist()
         found = dict(zip(some, pool.map(look, some)))
-        folder.report({i: folder.why[i] for i in some if not found[i]}, len(some))
-        sizes = {size for size, _ in filter(None, found.values())}
-        single = sum(one_level for _, one_level in filter(None, found.values()))
+        folder.report({i: why for i, why in found.items() if isinstance(why, str)}, len(some))
+        good = [x for x in found.values() if not isinstance(x, str)]
+        single = sum(all(low == high for low, high in levels) for _, levels in good)
         if single > max(1, len(some) / 2):
             print(f"warning: {single} of {len(some)} images looked at hold a single grey level or "
                   "colour each: is the range of their values right?", file=sys.stderr)
+        sizes = {size for size, _ in good}
         width, height = max(sizes)
         if len(sizes) > 1 or max(width, height) > side or 3 * width * height * len(folder) > limit:
             return folder
@@ -291,40 +267,25 @@ def in_memory(folder, probes=256, side=128, limit=2**30):
     return Images(pixels, folder.labels, folder.classes, folder.files, folder.root)
 
 
-def downloaded(make):
-    """`make(download=..)`, first on rank 0, where torchvision downloads what is missing."""
-    if not dist.is_initialized():
-        return make(download=True)
-    if dist.get_rank() == 0:
-        make(download=True)
-    dist.barrier()
-    return make(download=False)
-
-
 def from_torchvision(name, path):
     """CIFAR-10, CIFAR-100, STL-10 (train: with unlabelled) and Imagenette, downloaded on demand."""
-    sets, root = torchvision.datasets, path or "downloads"
-    place = os.path.join(root, "imagenette2-160")
-
-    def fetch(download):
-        if download and not os.path.isdir(place):
-            sets.Imagenette(root, size="160px", download=True)
-
+    sets, root, grouped = torchvision.datasets, path or "downloads", dist.is_initialized()
+    make, train, test = {
+        "cifar10": (sets.CIFAR10, True, False),
+        "cifar100": (sets.CIFAR100, True, False),
+        "stl10": (sets.STL10, "train+unlabeled", "test"),
+        "imagenette": (partial(sets.Imagenette, size="160px"), "train", "val")}[name]
     try:
-        if name == "imagenette":
-            downloaded(fetch)
-            parts = read_folder(place)
-            counts = [len(part or ()) for part in parts]
-            if counts != [9469, 3925]:
-                raise ValueError(f"{place} holds {counts} images, not 9469 and 3925: remove it, or "
-                                 "use --data folder for your own")
-            return parts
-        splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
-        parts = [downloaded(partial(getattr(sets, name.upper()), root, split)) for split in splits]
+        if not grouped or dist.get_rank() == 0:
+            make(root, test, download=True)  # both parts; torchvision checks the md5
+        if grouped:
+            dist.barrier()
+        parts = [make(root, split) for split in (train, test)]
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--data {name} is not in {root!r} and cannot be downloaded ({error}): "
-                         "name its folder with --data-path, or use --data folder or "
-                         "textures") from error
+                         "name its --data-path, or use --data folder or textures") from error
+    if name == "imagenette":
+        return read_folder(os.path.join(root, "imagenette2-160"))
     axes, labels = ((0, 1, 2, 3), "labels") if name == "stl10" else ((0, 3, 1, 2), "targets")
     return [Images(torch.from_numpy(part.data).permute(axes).contiguous(),
                    torch.as_tensor(getattr(part, labels)).long(), part.classes) for part in parts]
@@ -341,9 +302,7 @@ def load_data(name, path=None, image_size=32):
                              "one of them out")
         return [Images(*textures(count, seed, image_size)[:2], TEXTURES)
                 for count, seed in ((10000, 0), (1000, 1))]
-    if name == "folder":
-        return read_folder(path)
-    return from_torchvision(name, path)
+    return read_folder(path) if name == "folder" else from_torchvision(name, path)
 
 
 # ---- views -------------------------------------------------------------------------------------
@@ -464,8 +423,7 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
     min(2, S / 32) pixels.
     """
     draw = draw.view(len(x), 9, 1, 1, 1)
-    saturation = jitter / 2 if saturation is None else saturation
-    sizes = jitter, jitter, saturation
+    sizes = jitter, jitter, jitter / 2 if saturation is None else saturation
 
     def jittered(x, rows):
         brightness, contrast, s = (1 + size * (2 * d - 1)
@@ -505,16 +463,14 @@ def normalize(x):
 
 
 def cut(image, index, epoch, seed, views, bicubic=False):
-    """All crops of one PIL image: `views` is a list of (side, scale of area)."""
-    draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one a view
+    """All crops of one PIL image, uint8 (3, S, S): `views` is a list of (side, scale of area)."""
+    draws = uniform(CROP_DRAWS, seed, epoch, index, torch.arange(len(views)))  # one row per view
     scales = torch.tensor([scale for _, scale in views]).T.unsqueeze(2)
     boxes = torch.stack(crop_boxes(draws, image.height, image.width, scales), 1).tolist()
-    crops = []
-    for (top, left, h, w), flip, (size, _) in zip(boxes, draws[:, 22] < 0.5, views):
-        view = image.crop((left, top, left + w, top + h)).resize(
-            (size, size), Image.BICUBIC if bicubic else Image.BILINEAR)
-        crops.append(pil_to_tensor(ImageOps.mirror(view) if flip else view))
-    return crops
+    mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+    pixels = pil_to_tensor(image)
+    crops = [resized_crop(pixels, *box, [size, size], mode) for box, (size, _) in zip(boxes, views)]
+    return [x.flip(2) if flip else x for x, flip in zip(crops, draws[:, 22] < 0.5)]
 
 
 def collate(items):
@@ -525,7 +481,7 @@ def collate(items):
     return views, index, {i: why for found in bad for i, why in found.items()}
 
 
-@functools.lru_cache(maxsize=2)  # the train set and the test set
+@lru_cache(maxsize=2)  # the train set and the test set
 def lasting_loader(folder, **options):
     """A loader whose workers stay for its next keys: to spawn them anew takes seconds each."""
     return torch.utils.data.DataLoader(folder, batch_sampler=[], persistent_workers=True, **options)
@@ -533,16 +489,16 @@ def lasting_loader(folder, **options):
 
 def fetched(folder, keys, workers, device, stay):
     """Batches of folder[key] as of `collate`; an error of a worker is a DataError of one line."""
-    # a dead worker raises where its batch is waited for, and not, by a signal, just anywhere
+    # torch's handler of signals is off: it would raise for a dead worker in the middle of a step
     torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
     options = dict(num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
     try:
         if workers and stay:
             loader = lasting_loader(folder, **options)
             loader.batch_sampler[:] = keys
-            yield from loader
         else:
-            yield from torch.utils.data.DataLoader(folder, batch_sampler=keys, **options)
+            loader = torch.utils.data.DataLoader(folder, batch_sampler=keys, **options)
+        yield from loader
     except (DataError, EOFError, OSError, RuntimeError) as error:
         if not workers:
             raise
@@ -570,10 +526,10 @@ def coloured(crops, draw, options):
 
 def train_batches(data, steps, views, seed, device, workers=0, weak=True, bicubic=False,
                   **colours):
-    """For each (epoch, index (B,)) of `steps`: (index, weak, strong), lists of one tensor a view.
+    """For each (epoch, index (B,)) of `steps`: (index, weak, strong), lists of one tensor per view.
 
     A view is (side, scale of area). Weak ones are cropped and flipped (none unless `weak`), strong
-    ones have new colours besides. A colour option is a number, or a list of one a view.
+    ones have new colours besides. A colour option is a number, or a list with one per view.
     """
     def finish(crops, epoch, index):
         strong = [coloured(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
