@@ -9,11 +9,9 @@ has not run. Names are those of timm and DINO; the usual prefixes are found.
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -59,13 +57,8 @@ def read_file(path):
             file = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(file, dict):
             return file
-    except ImportError as error:
-        raise ValueError(f"{path}: reading .safetensors needs the package safetensors: "
-                         "pip install safetensors") from error
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except (TypeError, AttributeError, NameError):  # a mistake in code, not in the file
-        raise
     except Exception as error:  # a broken file provokes a dozen kinds
         reason = "it holds code" if "GLOBAL" in str(error) else type(error).__name__
     raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}): take one written by "
@@ -98,7 +91,7 @@ def listed(wrong):
     return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
 
 
-HUGGING_FACE = {  # their names, before transformers 5 and since -> timm's, in this order
+RENAMED = {  # names of Hugging Face, before transformers 5 and since -> timm's, in this order
     r"embeddings\.(cls_token|mask_token|register_tokens)": r"\1",
     r"embeddings\.position_embeddings": "pos_embed",
     r"embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
@@ -107,14 +100,15 @@ HUGGING_FACE = {  # their names, before transformers 5 and since -> timm's, in t
     r"attention\.(output\.dense|o_proj)\.": "attn.proj.",
     r"intermediate\.dense\.": "mlp.fc1.", r"output\.dense\.": "mlp.fc2.",
     r"layer_scale([12])\.lambda1": r"ls\1.gamma",
-    r"layernorm_before\.": "norm1.", r"layernorm_after\.": "norm2.", r"layernorm\.": "norm."}
+    r"layernorm_before\.": "norm1.", r"layernorm_after\.": "norm2.", r"layernorm\.": "norm.",
+    "masked_embed$": "mask_token", "register_tokens$": "reg_token"}  # iBOT's, DINOv2's
 
 
-def from_hugging_face(weights):
-    """Hugging Face's ViT names -> timm's; the separate query, key and value become one qkv."""
+def timm_names(weights):
+    """Tensors under timm's names; a separate query, key and value become one qkv."""
     renamed = {}
     for name, x in weights.items():
-        for theirs, ours in HUGGING_FACE.items():
+        for theirs, ours in RENAMED.items():
             name = re.sub(theirs, ours, name)
         renamed[name] = x
     for name in [name for name in renamed if ".attn.q." in name]:
@@ -129,20 +123,14 @@ def from_hugging_face(weights):
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
-def heads_in(path, options, prefix, weights):
-    """(attention heads that a file was trained with, does it say so): no shape tells them."""
-    width = (0, *weights["cls_token"].shape)[-1]
+def heads_in(options, prefix, width):
+    """Attention heads that a file was trained with, None where it does not say: no shape tells."""
     if options.get("arch") in [*ARCHS]:  # ours
         shape = ARCHS[options["arch"]].keywords
-        return (shape["num_heads"], True) if shape["embed_dim"] == width else (None, False)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError,
-                             RecursionError):
-        config = json.loads(Path(path).with_name("config.json").read_text())  # Hugging Face's
-        if config["hidden_size"] == width:
-            return int(config["num_attention_heads"]), True
+        return shape["num_heads"] if shape["embed_dim"] == width else None
     if width == 384 and re.search("(base|momentum)_encoder", prefix):
-        return 12, True
-    return PUBLISHED_HEADS.get(width), "teacher" in prefix  # DINO, iBOT; else the usual number
+        return 12
+    return PUBLISHED_HEADS.get(width) if "teacher" in prefix else None  # DINO, iBOT
 
 
 def flat(tree, prefix="", depth=4):
@@ -161,7 +149,7 @@ LACKING = {r"mlp\.(w\d|fc1_g|gate_proj|weights_in)": "SwiGLU blocks", "rope": "r
 
 
 def read_weights(path):
-    """The options of our run, the backbone under timm's names, and what `heads_in` knows.
+    """The options of our run, the backbone under timm's names, and its heads or None.
 
     Which network: ours, DINO's and iBOT's teacher (our student where there is no teacher); MoCo
     v3's base_encoder; else the first. Heads, MAE's decoder (with its mask token of decoder width),
@@ -170,9 +158,7 @@ def read_weights(path):
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else os.fspath(path)
     file = read_file(path)
     options = file["args"] if isinstance(file.get("args"), dict) else {}
-    weights = flat(file)
-    if any(name.endswith("embeddings.cls_token") for name in weights):
-        weights = from_hugging_face(weights)
+    weights = timm_names(flat(file))
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if not prefixes:
         raise ValueError(f"{path} holds no ViT backbone (no cls_token): "
@@ -183,9 +169,7 @@ def read_weights(path):
                for name, x in weights.items() if name.startswith(prefix)}
     decoder = any(name.startswith("decoder") for name in weights)
     outside = ("decoder_", "head.", "head_dist.", "pooler.") + ("mask_token",) * decoder
-    names = {"masked_embed": "mask_token", "register_tokens": "reg_token"}  # iBOT's, DINOv2's
-    weights = {names.get(name, name): x
-               for name, x in weights.items() if not name.startswith(outside)}
+    weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
     if "mask_token" in weights:
         weights["mask_token"] = weights["mask_token"].reshape(1, 1, -1)  # (1, D) in both
     lacking = [f"{what} ({name})" for pattern, what in LACKING.items()
@@ -195,7 +179,7 @@ def read_weights(path):
         lacking.append(f"{kernel.shape[1]} input channels (patch_embed.proj.weight)")
     if lacking:
         raise ValueError(f"{path} has {lacking[0]}, which this ViT lacks")
-    return options, weights, heads_in(path, options, prefix, weights)
+    return options, weights, heads_in(options, prefix, (0, *weights["cls_token"].shape)[-1])
 
 
 def load_backbone(vit, path, num_heads=None):
@@ -206,11 +190,11 @@ def load_backbone(vit, path, num_heads=None):
     file was trained with where that is not the published number: with another than that, weights
     would load and give garbage. Nothing is changed in `vit` when anything is wrong.
     """
-    options, weights, (heads, _) = read_weights(path)
+    options, weights, heads = read_weights(path)
     if "image_size" in options and len({*vit.grid}) > 1:
         raise ValueError(f"{path} was trained on square images, not on {vit.grid[0]} x "
                          f"{vit.grid[1]} patches: build the model for its --image-size")
-    return fill(vit, weights, path, num_heads or heads)
+    return fill(vit, weights, path, num_heads or heads or PUBLISHED_HEADS.get(vit.embed_dim))
 
 
 def fill(vit, weights, path, heads=None):
@@ -236,7 +220,7 @@ def open_backbone(path, arch=None):
     they are {"arch", "patch_size", "image_size"}, with the sizes that the weights have. These files
     do not say their grid of patches: it is taken to be square where its number allows.
     """
-    options, weights, (heads, said) = read_weights(path)
+    options, weights, heads = read_weights(path)
     ours = {"arch", "patch_size", "image_size"} <= set(options)
     options = dict(options) if ours else {"arch": arch}
     if options["arch"] not in [*ARCHS]:
@@ -246,20 +230,17 @@ def open_backbone(path, arch=None):
     positions, registers = (math.prod(weights[name].shape[1:-1]) if name in weights else 0
                             for name in ("pos_embed", "reg_token"))
     if not ours:
-        kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
-        if kernel.dim() != 4 or not kernel.numel() or not positions:
-            raise ValueError(f"{path} has no patch_embed.proj.weight, or no pos_embed (rotary "
-                             "positions?): it is no ViT of timm's layout")
-        P = kernel.shape[-1]
+        P = (0, *weights.get("patch_embed.proj.weight", torch.empty(0)).shape)[-1]
         options |= {"patch_size": P, "image_size": math.isqrt(positions) * P}
     S, P = options["image_size"], options["patch_size"]
     if not (type(S) is type(P) is int and 1 <= P <= S < 2**20
             and positions - (S // P) ** 2 in (0, 1)):
-        raise ValueError(f"{path} has {positions} positions (pos_embed): they are not those of CLS "
-                         f"and of square images" + f" of {S} pixels" * ours)
+        raise ValueError(f"{path} has {positions} positions (pos_embed) and patches of {P} pixels "
+                         "(patch_embed.proj.weight): they are not those of CLS and of square images"
+                         + f" of {S} pixels" * ours + " (rotary positions?)" * (not positions))
     vit = ARCHS[options["arch"]](image_size=S, patch_size=P, registers=registers,
                                  layer_scale="blocks.0.ls1.gamma" in weights)
-    return fill(vit, weights, path, heads if said else None), options
+    return fill(vit, weights, path, heads), options
 
 
 def export_backbone(vit, path):
@@ -294,13 +275,10 @@ if __name__ == "__main__":
     try:
         vit, options = open_backbone(args.checkpoint, args.arch)
         if os.path.exists(args.export) and os.path.samefile(args.checkpoint, args.export):
-            raise ValueError(f"--export {args.export} is the --checkpoint itself: take another")
+            raise ValueError("this is the --checkpoint itself: take another")
         export_backbone(vit, args.export)
-    except ValueError as error:
-        parser.error(error)
-    except (OSError, RuntimeError) as error:
-        parser.error(f"--export {args.export} cannot be written ({error}): take a file in a folder "
-                     "that exists")
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(f"--export {args.export}: {error}")
     print(f"""{args.export} is written; in timm:
 vit = timm.create_model("vit_base_patch16_224", num_classes=0, img_size={options["image_size"]},
                         patch_size={vit.patch_size}, embed_dim={vit.embed_dim},
