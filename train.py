@@ -15,7 +15,6 @@ continues with the same command. One process or many give the same run.
 """
 import argparse
 import contextlib
-import inspect
 import itertools
 import json
 import math
@@ -549,22 +548,11 @@ def catch_up(log, row, start, measure, test_set):
 
 
 def clip(system, limit, each=False):
-    """Clip gradients, all together or (DINO) each by itself -> their norm before, a float.
-
-    A limit of 0 clips nothing; where the norm is not finite, nothing is touched.
-    """
+    """Clip gradients, all together or (DINO) each by itself; 0: not -> their norm before."""
     parameters = [p for p in system.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    norm = norms.norm()
-    value = norm.item()  # the one wait for the GPU in a step
-    if not math.isfinite(value) or not limit:
-        return value
-    if each:
-        torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1)))
-    else:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return value
+    groups = [[p] for p in parameters] if each else [parameters]
+    norms = [nn.utils.clip_grad_norm_(group, limit or math.inf) for group in groups]
+    return torch.stack(norms).norm().item()  # the one wait for the GPU in a step
 
 
 def over_ranks(logs, device, world):
@@ -661,25 +649,6 @@ def listen():
     return asked
 
 
-def largest(number, device):
-    """The largest of the ranks' whole numbers, so that all stop at the same step."""
-    if dist.is_initialized():
-        number = torch.tensor(number, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def distribute(args, system, world):
-    """The system as it is trained: compiled, and under DDP where there are several processes."""
-    for network in (system.student, system.teacher) if args.compile else ():
-        if network:
-            network.backbone.compile()
-    if world == 1:
-        return system
-    now = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in now else "broadcast_buffers"
-    return nn.parallel.DistributedDataParallel(system, **{buffers: False})  # torch 2.14, before
-
 
 # ---- one run, top to bottom --------------------------------------------------------------------
 
@@ -752,7 +721,10 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
     rank, world = ranks()
     device, asked = next(system.parameters()).device, listen()
     log = Log(args.out_dir, start) if rank == 0 else None
-    network = distribute(args, system, world)
+    for network in (system.student, system.teacher) if args.compile else ():
+        if network:
+            network.backbone.compile()
+    network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
 
     def alive(evaluating=True):  # at every step, and at every batch of an evaluation
@@ -803,7 +775,7 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
         saving = evaluating or done % args.save_every == 0 or done == stop
         logging = saving or done == 1 or done % args.log_every == 0
         if logging or device.type == "cpu":  # a GPU would have to wait at every step
-            left_by = largest(max(asked, default=0), device)
+            left_by = max(all_gather(max(asked, default=0)))
         if logging or left_by:
             row = dict(step=done, epoch=done * args.batch_size / len(train_set),
                        **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
