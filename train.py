@@ -14,7 +14,6 @@ bottom: options, schedules, processes, saving, `main` (set-up), `train` (loop).
 continues with the same command. One process or many give the same run.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -420,9 +419,8 @@ def resume(args, system, optimizer, train_set):
                            + f"; it had {', '.join(other)}" * bool(other)
                            + f"; it was made with {', '.join(changed)}: from here the run is not "
                            "bitwise the same" * bool(changed)))
-        row = state.get("row") or {}
-        unlogged = path in own and isinstance(row, dict) and row.get("step") == state["step"]
-        return state["step"], state.get("skipped_steps", 0), row if unlogged else {}
+        row = state.get("row", {}) if path in own else {}
+        return state["step"], state.get("skipped_steps", 0), row
     if problems:
         raise ValueError("; ".join(problems)[:900] + "; --resume none starts over")
     return 0, 0, {}
@@ -463,88 +461,68 @@ def rounded(x):
 class Log:
     """log.jsonl: one object per logged step, each step once, also after a resume."""
 
-    def __init__(self, folder, step):
-        self.path, self.rows, self.unwritten = os.path.join(folder, "log.jsonl"), [], True
-        self.first, self.low = None, 0
-        if step and os.path.exists(self.path):
-            rows = analyze.read_json_lines(self.path)
-            self.rows = [row for row in rows if 0 <= row.get("step", -1) <= step]
-        for row in self.rows:
-            self.count_low(row)
-        self.put()
-
-    def last(self):
-        """The last logged step."""
-        return self.rows[-1]["step"] if self.rows else -1
-
-    def put(self):
-        """Append the last row; at the start, and after a failure, write all rows."""
-        rows = self.rows if self.unwritten else self.rows[-1:]
-        lines = [json.dumps(row).encode() + b"\n" for row in rows]
-        try:
-            if self.unwritten:
-                write_file(self.path, lambda file: file.writelines(lines))
-            else:
-                with open(self.path, "ab") as file:
-                    file.writelines(lines)
-            self.unwritten = False
-        except OSError as error:
-            warn(f"could not write {self.path} ({error}): its rows are kept and written later")
-            self.unwritten = True
+    def __init__(self, folder):
+        self.path, self.in_file = os.path.join(folder, "log.jsonl"), False
+        self.rows = analyze.read_json_lines(self.path) if os.path.exists(self.path) else []
 
     def write(self, row):
+        """Append a row. The first one, and one after a failure, are written with all before."""
+        self.rows = [old for old in self.rows if old.get("step", math.inf) < row["step"]]
         self.rows.append({name: rounded(x) for name, x in row.items()})
-        self.put()
+        new = self.rows[-1:] if self.in_file else self.rows
+        lines = [json.dumps(row).encode() + b"\n" for row in new]
+        try:
+            if self.in_file:
+                with open(self.path, "ab") as file:
+                    file.writelines(lines)
+            else:
+                write_file(self.path, lambda file: file.writelines(lines))
+            self.in_file = True
+        except OSError as error:
+            warn(f"could not write {self.path} ({error}): its rows are kept and written later")
+            self.in_file = False
         if "knn_top1" in row:
             shown = "step loss knn_top1 raw_pixels_knn_top1 effective_rank images_per_second"
             tqdm.write("  ".join(f"{name} {row[name]:.4g}"
                                  for name in shown.split() if row.get(name) is not None))
-        self.count_low(self.rows[-1])
-        if self.low == 3:
+        self.warn_of_collapse()
+
+    def warn_of_collapse(self):
+        """Warn at the third row in succession whose rank or spread is far below the first row's."""
+        known = [row for row in self.rows
+                 if None not in (row.get("effective_rank"), row.get("feature_std"))]
+        low = [row["effective_rank"] < known[0]["effective_rank"] / 2
+               or row["feature_std"] < known[0]["feature_std"] / 10 for row in known[-4:]]
+        if low == [False, True, True, True]:
             warn("the effective rank of the points fell below half of its start, or their spread "
                  "below a tenth: they collapse; try a lower --lr, a smaller --pull-weight or a "
                  "--momentum closer to 1")
 
-    def count_low(self, row):
-        """Count rows in succession whose rank or spread is far below that of the first row."""
-        if row.get("effective_rank") is None or row.get("feature_std") is None:
-            return
-        self.first = self.first or row
-        low = any(row[name] < share * self.first[name]
-                  for name, share in (("effective_rank", 1 / 2), ("feature_std", 1 / 10)))
-        self.low = self.low + 1 if low else 0
-
 
 # ---- evaluating and stepping -------------------------------------------------------------------
 
-def evaluate(args, system, sets, device, alive, pool=None):
-    """k-NN accuracy of frozen features, plain and centred, in percent, and their rank."""
+def evaluate(args, system, sets, device, alive, controls=False):
+    """k-NN accuracy of frozen features, plain and centred, in percent, and their rank.
+
+    `controls`: also what training has to beat, the untrained network and raw pixels.
+    """
     labelled = [(data.labels >= 0).nonzero().flatten() for data in sets]
     # of large sets 50,000 images, evenly spaced
     some = [x[torch.linspace(0, len(x) - 1, min(len(x), 50000)).long()] for x in labelled]
-    train, test = [extract_features(system.eval_network.backbone, data, args.image_size,
-                                    pool or args.pool, device, indices, args.workers, alive)
-                   for data, indices in zip(sets, some)]
-    found = dict(knn_top1=knn_top1(train, test), test_effective_rank=effective_rank(test[0]),
-                 knn_top1_centered=knn_top1(train, test, center=True))
+
+    def features(pool):
+        return [extract_features(system.eval_network.backbone, data, args.image_size, pool, device,
+                                 indices, args.workers, alive) for data, indices in zip(sets, some)]
+
+    train, test = features(args.pool)
+    plain, centered = knn_top1(train, test), knn_top1(train, test, center=True)
+    found = dict(knn_top1=plain, knn_top1_centered=centered,
+                 test_effective_rank=effective_rank(test[0]))
+    if controls:
+        found["untrained_knn_top1"] = max(plain, centered)
+        found["raw_pixels_knn_top1"] = knn_top1(*features("pixels"), center=True)
     alive()
     return found
-
-
-def catch_up(log, row, start, measure, test_set):
-    """Log the row of step 0, or the last one of a run that was killed before it was logged."""
-    if start == 0:
-        row = dict(step=0, epoch=0.0)
-        if test_set is not None:  # for training to beat: the untrained network, and raw pixels
-            row |= measure()
-            row["untrained_knn_top1"] = max(row["knn_top1"], row["knn_top1_centered"])
-            row["raw_pixels_knn_top1"] = measure("pixels")["knn_top1_centered"]
-    elif all_gather(bool(log and row and log.last() < start))[0]:
-        row |= measure() if row.pop("evaluating") else {}
-    else:
-        return
-    if log:
-        log.write(row)
 
 
 def clip(system, limit, each=False):
@@ -556,9 +534,7 @@ def clip(system, limit, each=False):
 
 
 def over_ranks(logs, device, world):
-    """Logged values as numbers, means over the ranks; functions are called only here."""
-    with torch.no_grad():
-        logs = {name: x() if callable(x) else x for name, x in logs.items()}
+    """Logged losses as numbers: means over the ranks."""
     values = torch.stack([torch.as_tensor(x, dtype=torch.float, device=device).detach()
                           for x in logs.values()])
     if world > 1:
@@ -593,57 +569,53 @@ def backward(args, system, network, batches, step, progress):
     rank, world = ranks()
     device = next(system.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
     torch.manual_seed(fold(args.seed, 3, step, rank))  # only drop-path draws from it
     for piece in range(args.grad_accum):
         _, weak, strong = batches.current
         mask = draw_masks(args, system, step, piece, weak, rank, world)
-        last = piece == args.grad_accum - 1  # DDP averages over the ranks once
-        with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-            with autocast:
-                loss, logs, points = network(strong, weak, mask, progress)
-            # outside autocast: geometry stays in float32. The factor is 1, or NaN where the loss
-            # is not finite: through the averaged gradient every rank learns of it
-            (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
+        network.require_backward_grad_sync = piece == args.grad_accum - 1  # DDP: average once
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, logs, points = network(strong, weak, mask, progress)
+        # outside autocast: geometry stays in float32. The factor is 1, or NaN where the loss is
+        # not finite: through the averaged gradient every rank learns of it
+        (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
         batches.advance()  # while a GPU still computes
     return loss, logs, points
 
 
 def complain(args, images, step, stop, lr, in_a_row):
-    """Warn of a step that is not finite; end the run after several in a row."""
-    many, first = min(PATIENCE, stop), ranks()[0] == 0
-    if in_a_row == 1 and first:
+    """Warn of a step that is not finite; end the run after five in a row."""
+    many, rank = min(5, stop), ranks()[0]
+    if in_a_row == 1 and rank == 0:
         warn(f"step {step + 1}: the loss or its gradient is not finite: skipped (after {many} in "
              "a row the run stops)")
     if in_a_row == many:
         order = sample_order(images, step, step + 1, args, 0, 1)
         indices = torch.cat([index for _, index in order]).tolist()
-        path = os.path.join(args.out_dir, "checkpoint.pt")
-        if first:
+        if rank == 0:
             print(f"step {step + 1}: {many} steps in a row were not finite at lr {lr:.3g}: "
-                  f"--resume {path}, the last good state, with a lower --lr or a longer --warmup; "
-                  f"the images of this step are {indices}", file=sys.stderr)
+                  f"--resume {os.path.join(args.out_dir, 'checkpoint.pt')}, the last good state, "
+                  "with a lower --lr or a longer --warmup; the images of this step are "
+                  f"{indices}", file=sys.stderr)
         sys.exit(1)
 
 
 def listen():
-    """A list that receives the number of every SIGTERM, SIGINT, SIGHUP and SIGUSR1.
+    """{signal: when it first came}, filled by every SIGTERM, SIGINT, SIGHUP and SIGUSR1.
 
     A second one, more than a second after the first, ends the process at once.
     """
-    asked, first = [], math.inf
+    asked = {}
 
     def receive(number, _):
-        nonlocal first
         now = time.monotonic()
-        if now > first + 1:  # before: torchrun and the terminal may both send the same one
-            os._exit(128 + number)
-        first = min(first, now)
-        asked.append(number)
+        if now > min(asked.values(), default=now) + 1:  # torchrun and the terminal may both send
+            os._exit(128 + number)                      # the first one
+        asked.setdefault(number, now)
 
     if threading.current_thread() is threading.main_thread():  # no other thread can listen
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # not all on Windows
+            number = getattr(signal, name, None)  # Windows lacks two of them
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, receive)  # nohup ignores SIGHUP
     return asked
@@ -651,8 +623,6 @@ def listen():
 
 
 # ---- one run, top to bottom --------------------------------------------------------------------
-
-PATIENCE = 5  # steps in a row that may be skipped because they are not finite
 
 
 @record
@@ -706,7 +676,7 @@ def main():
                 print(f"{args.data_path} has no classes, or no val/ or test/: training without "
                       "k-NN")
     try:
-        status = train(args, system, optimizer, train_set, test_set, start, stop, total, skipped,
+        status = train(args, system, optimizer, (train_set, test_set), start, stop, total, skipped,
                        row)
     except DataError as error:
         parser.error(error)
@@ -716,31 +686,38 @@ def main():
     return status
 
 
-def train(args, system, optimizer, train_set, test_set, start, stop, total, skipped, row):
-    """The loop, from step `start` to `stop` -> exit status; `row`: saved, but not yet logged."""
-    rank, world = ranks()
-    device, asked = next(system.parameters()).device, listen()
-    log = Log(args.out_dir, start) if rank == 0 else None
+def train(args, system, optimizer, sets, start, stop, total, skipped, row):
+    """The loop, from step `start` to `stop` -> exit status; `row`: of step `start`, to be logged."""
+    (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
+    device = next(system.parameters()).device
+    log = Log(args.out_dir) if rank == 0 else None
     for network in (system.student, system.teacher) if args.compile else ():
         if network:
             network.backbone.compile()
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
-
-    def alive(evaluating=True):  # at every step, and at every batch of an evaluation
-        watch(args.timeout)
-        if evaluating and asked:  # the state was saved before the evaluation
-            sys.exit(128 + asked[-1])
-
-    measure = partial(evaluate, args, system, (train_set, test_set), device, alive)
     keep = partial(save, args, system, optimizer, train_set)
-    catch_up(log, row, start, measure, test_set)
     batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
+
+    def alive():  # at every batch of an evaluation
+        watch(args.timeout)
+        if asked:  # the state was saved before the evaluation
+            sys.exit(128 + max(asked))
+
+    def report(row):  # a run that is killed in here does it when it is resumed
+        if row.pop("evaluating"):
+            row |= evaluate(args, system, sets, device, alive, controls=row["step"] == 0)
+        if log:
+            log.write(row)
+        batches.restart()
+
+    if start == 0 or row:
+        report(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
     done, in_a_row, left_by, saved = start, 0, 0, True
     for step in range(start, stop):
-        alive(evaluating=False)
+        watch(args.timeout)
         stage, place = divmod(step, stage_length)
         if stage and not place:
             system.next_stage(stage)
@@ -781,23 +758,19 @@ def train(args, system, optimizer, train_set, test_set, start, stop, total, skip
                        **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
                        weight_decay=decay, momentum=momentum, gradient_norm=norm,
                        **(panel(*points) if finite else {}), skipped_steps=skipped,
-                       **batches.speed(args))
+                       **batches.speed(args), evaluating=evaluating)
             # saved before it is evaluated, which can take long; not while steps are being skipped
             if rank == 0 and (saving and finite or left_by or done == stop):
-                saved = keep(step=done, skipped_steps=skipped,
-                             row=row | dict(evaluating=evaluating))
+                saved = keep(step=done, skipped_steps=skipped, row=row)
             if not (left_by and evaluating):  # else the resumed run evaluates
-                row |= measure() if evaluating else {}
-                if log:
-                    log.write(row)
-            batches.restart()
+                report(row)
         if left_by:
             break
     bar.close()
     if rank == 0:
         if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # the folder is gone,
             saved = keep(step=done, skipped_steps=skipped)  # or --resume of a finished run's path
-        finish(args, (train_set, test_set), done, total, left_by, saved)
+        finish(args, sets, done, total, left_by, saved)
     # 128 + signal: a scheduler restarts it; the same command continues
     return 1 if not saved else 128 + left_by if left_by else 0
 
