@@ -268,7 +268,7 @@ def rkd(batch):
         return sum(weights[name] * loss for name, loss in losses.items())
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    vertices = torch.arange(min(args.angle_vertices or max(256, world), world * B))
+    vertices = torch.arange(min(max(args.angle_vertices or 256, world), world * B))
     own = vertices.tensor_split(world)[rank]
     each = [relations(*pair, args, own) for pair in pairs]
     losses = {name: mean(found[name] for found in each) for name in each[0]}
@@ -628,9 +628,7 @@ class System(nn.Module):
             raise ValueError(f"--pull-weight {args.pull_weight} pulls points together, and the "
                              f"teacher's are {given.embed_dim} wide, the student's "
                              f"{vit.embed_dim}: --pull-weight 0")
-        if given and args.head and "rkd" in self.terms:
-            raise ValueError(f"--head {args.head} has no partner on a --teacher-checkpoint: "
-                             "leave it out; relations need no common width")
+
         if any(OBJECTIVES[name].teacher for name in self.terms):
             heads = {name: nn.Identity() for name in self.terms} if given else self.student.heads
             self.teacher = copy.deepcopy(Network(given or vit, heads)).requires_grad_(False).eval()

@@ -194,8 +194,6 @@ def refuse(args):
     frozen = "dbot" if "dbot" in terms else "--teacher-checkpoint" if given else (
         f"--stages {args.stages}" if args.stages > 1 else "")
     rules = [
-        (predicting and not args.mask_ratio,
-         f"--mask-ratio 0 hides nothing for {predicting} to predict: set it above 0"),
         (args.hide != hide,
          f"--hide {args.hide} does not fit {predicting}: it needs --hide {hide}"),
         (args.hide == "drop" and uneven, "--mask-spread and --mask-probability hide more in one "
@@ -204,14 +202,12 @@ def refuse(args):
          f"--mask-unit {args.mask_unit} belongs to --mask random, not {args.mask}: leave one out"),
         (side % args.mask_unit,
          f"--mask-unit {args.mask_unit} does not divide {side} x {side} patches: take 1"),
-        (not args.mask_spread <= args.mask_ratio <= 1 - args.mask_spread,
-         f"--mask-spread {args.mask_spread} around --mask-ratio {args.mask_ratio} leaves 0 .. 1: "
-         "lower it"),
-        (args.mask_ratio and not (most and args.mask_probability),
+        ((args.mask_ratio or predicting) and not (most and args.mask_probability),
          f"--mask-ratio {args.mask_ratio} with --mask-probability {args.mask_probability} hides "
-         f"none of {units} patches or squares: raise them, or set --mask-ratio 0"),
-        (most == units,
-         f"--mask-ratio {args.mask_ratio} hides all {units} patches or squares: lower it"),
+         f"none of {units} patches or squares, and {predicting or 'a mask'} needs some: raise both "
+         "above 0"),
+        (most >= units, f"--mask-ratio {args.mask_ratio} (with --mask-spread {args.mask_spread}) "
+         f"hides all {units} patches or squares: lower it"),
         (args.patch_weight and args.hide == "drop" and visible < needed,
          f"--patch-weight {args.patch_weight} needs {needed} patches and the student has "
          f"{visible}: lower --mask-ratio, or --hide token"),
@@ -224,10 +220,7 @@ def refuse(args):
          f"--grad-accum) and leave {least} images per piece for {comparing}"),
         ("ibot" in terms and args.pool == "cls+mean",
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
-        (args.angle_vertices
-         and not world <= args.angle_vertices <= args.batch_size // args.grad_accum,
-         f"--angle-vertices {args.angle_vertices} must lie between the number of processes, {world}, "
-         f"and of images per piece, {args.batch_size // args.grad_accum}"),
+
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),
@@ -236,6 +229,8 @@ def refuse(args):
         (given and through_head,
          f"--teacher-checkpoint is a backbone and {through_head} reads the head of the teacher: "
          "take rkd, cka, ressl, feature or dbot, or --teacher ema"),
+        (given and args.head and "rkd" in terms, f"--head {args.head} has no partner on a "
+         "--teacher-checkpoint: leave it out; relations need no common width"),
         (args.teacher_arch and not given, f"--teacher-arch {args.teacher_arch} names the network "
          "of a --teacher-checkpoint: add that, or leave it out"),
         (args.stages > 1 and (given or not taught),
@@ -289,7 +284,7 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
     random, ratio = generator(args.seed, 2, step, piece), args.mask_ratio
     if args.mask_spread or args.mask_probability < 1:  # each view has its own ratio, or no mask
         ratio = ratio + args.mask_spread * (2 * torch.rand(count, generator=random) - 1)
-        ratio = ratio.clamp(0, 1) * (torch.rand(count, generator=random) < args.mask_probability)
+        ratio = ratio.clamp(min=0) * (torch.rand(count, generator=random) < args.mask_probability)
     if args.mask == "attention":
         seen = [system.teacher.backbone.last_attention(view).mean(1)
                 for view in weak[:args.global_crops]]
