@@ -345,12 +345,10 @@ FREE = ("recipe data_path data_fingerprint workers max_steps device compile out_
         "save_every log_every eval_every timeout").split()
 
 
-def differences(old, new, prefix="", but=()):
+def differences(old, new, prefix=""):
     """["name value (now other)", ..] for every entry of `new` that `old` has otherwise or lacks."""
-    old = old if isinstance(old, dict) else {}
     return [f"{prefix}{name.replace('_', '-')} {str(old.get(name))[:60]} (now {value})"
-            for name, value in new.items()
-            if name not in but and (name not in old or old[name] != value)]
+            for name, value in new.items() if name not in old or old[name] != value]
 
 
 def load_state(state, system, optimizer):
@@ -371,17 +369,20 @@ def load_state(state, system, optimizer):
 
 def resume(args, system, optimizer, train_set):
     """Restore the newest intact checkpoint of this run -> (step, skipped steps, unlogged row)."""
-    own = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
-    own, given = [path for path in own if os.path.exists(path)], args.resume not in ("auto", "none")
-    if os.path.isdir(args.resume):
-        args.resume = os.path.join(args.resume, "checkpoint.pt")
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
                     for launcher in ("TORCHELASTIC", "SLURM"))
     if args.resume == "none" and not restarted:
         return 0, 0, {}
+    if os.path.isdir(args.resume):
+        args.resume = os.path.join(args.resume, "checkpoint.pt")
+    own = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
+    own = [path for path in own if os.path.exists(path)]
     # a path begins another run from that state; a state in --out-dir must be of this very run
-    free = given and (not own or os.path.exists(args.resume) and any(
-        os.path.samefile(args.resume, path) for path in own))
+    given = args.resume not in ("auto", "none")
+    free = given and (not own or os.path.realpath(args.resume) in map(os.path.realpath, own))
+    options = {name: x for name, x in vars(args).items() if name not in FREE}
+    if given and not free:  # a run that began from another path is another run
+        options["resume"] = args.resume
     problems = []
     for path in [args.resume] if free else own:
         other = []
@@ -390,23 +391,20 @@ def resume(args, system, optimizer, train_set):
             steps = state.get("step")
             if not isinstance(state.get("args"), dict) or type(steps) is not int or steps < 0:
                 raise ValueError(f"{path} is no checkpoint of train.py")
-            other = differences(state["args"], vars(args), "--", FREE)
-            if given and not free:  # a run that began from another path is another run
-                other += differences(state["args"], dict(resume=args.resume), "--")
+            other = differences(state["args"], options, "--")
             if state["args"].get("data_fingerprint", args.data_fingerprint) != args.data_fingerprint:
                 other.append(f"other images than {args.data_path} has now")
             if free or not other:
                 load_state(state, system, optimizer)
         except (ValueError, RuntimeError, AttributeError) as error:  # the one before may be intact
             had = f"it had {', '.join(other[:6])}; " if other else ""
-            problems.append(f"--resume {path}: no checkpoint of such a run ({had}"
-                            f"{str(error)[:400]})")
+            problems.append(f"--resume {path} does not fit ({had}{str(error)[:400]})")
             continue
         if other and not free:
             raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
                              "--out-dir, the same options, --resume none to start over, or "
                              "--resume with its path")
-        changed = differences(state.get("setting"), setting(system, train_set))
+        changed = differences(state.get("setting", {}), setting(system, train_set))
         if ranks()[0] == 0:
             for text in problems:
                 warn(f"{text}; took the state before")
@@ -658,15 +656,12 @@ def main():
         args.out_dir = args.out_dir or (
             f"runs/{args.loss.replace('*', 'x')}-{os.path.basename(name)}")
         start, skipped, row = resume(args, system, optimizer, train_set)
-        for other, seen in enumerate(all_gather((start, len(train_set)))):
-            if seen != (start, len(train_set)):
-                raise ValueError(f"rank {other} found (step, images) {seen} and rank {rank} "
-                                 f"{(start, len(train_set))}: all must see the same files")
+        seen = all_gather((start, len(train_set)))
+        if len({*seen}) > 1:
+            raise ValueError(f"the processes found {seen} (step, images): all must see the same "
+                             "files")
         if rank == 0:
             open_folder(args, start)
-            vertices, images = args.angle_vertices or 256, args.batch_size // args.grad_accum
-            if "rkd" in system.terms and args.angle_weight and vertices < images:
-                print(f"angles at {vertices} of {images} images per step: see --angle-vertices")
             if test_set is None:
                 print(f"{args.data_path} has no classes, or no val/ or test/: training without "
                       "k-NN")
