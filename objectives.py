@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from losses import (average, byol_loss, cka_loss, cosines, dino_views_loss, feature_loss,
+from losses import (byol_loss, cka_loss, cosines, dino_views_loss, feature_loss,
                     info_nce_loss, masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
                     pixel_loss, pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss,
                     standardize)
@@ -444,10 +444,6 @@ def per_patch(loss, mask):
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
 
 
-def error_of_mean(hidden, p):
-    """What predicting the mean hidden patch of the batch would cost: a floor to beat. (M, ..)."""
-    return average((hidden - hidden.mean(0)).abs() ** p)
-
 
 def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
@@ -458,9 +454,7 @@ def beit(batch):
     """
     words = batch.at_hidden(batch.tokenizer(batch.globals))  # (M,)
     logits = batch.student.predictors["beit"](batch.at_hidden(batch.tokens[:, 1:]))  # (M, K)
-    loss = per_patch(masked_token_loss(logits, words, batch.mask), batch.mask)
-    return loss, {"beit_accuracy": lambda: (logits.argmax(1) == words).sum() / max(1, len(words)),
-                  "beit_commonest": lambda: words.bincount(minlength=1).max() / max(1, len(words))}
+    return per_patch(masked_token_loss(logits, words, batch.mask), batch.mask), {}
 
 OBJECTIVES["beit"] = Term(
     beit, teacher=False, views=1, hide="token", defaults=dict(mask="block", mask_ratio=0.4),
@@ -498,8 +492,7 @@ def mae(batch):
     """
     patches = batch.at_hidden(patchify(batch.globals, batch.args.patch_size).flatten(2))
     prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
-    return (pixel_loss(batch.at_hidden(prediction), patches, batch.mask),  # (M, 3·P·P)
-            {"mean_patch_mae": lambda: error_of_mean(standardize(patches), 2)})
+    return pixel_loss(batch.at_hidden(prediction), patches, batch.mask), {}  # (M, 3·P·P)
 
 OBJECTIVES["mae"] = Term(
     mae, teacher=False, views=1, hide="drop", defaults=dict(mask="random", mask_ratio=0.75),
@@ -517,8 +510,7 @@ def simmim(batch):
     tokens = batch.at_hidden(batch.tokens[:, 1:])
     prediction = batch.student.predictors["simmim"](tokens)  # (M, 3·P·P)
     loss = pixel_loss(prediction, patches, batch.mask, normalize=False, p=1)
-    return (per_patch(loss, batch.mask),
-            {"mean_patch_simmim": partial(error_of_mean, patches, 1)})
+    return per_patch(loss, batch.mask), {}
 
 OBJECTIVES["simmim"] = Term(
     simmim, teacher=False, views=1, hide="token", defaults=dict(mask="random", mask_ratio=0.6),
@@ -646,10 +638,7 @@ class System(nn.Module):
         return self.teacher if self.args.teacher == "ema" else self.student
 
     def forward(self, strong, weak, mask, progress=0.0):
-        """Views as lists of (B, 3, S, S), bool mask (G·B, N) or None -> loss, logs, points.
-
-        Logs are numbers, tensors, or functions: these are called only when a row is written.
-        """
+        """Views as lists of (B, 3, S, S), bool mask (G·B, N) or None -> loss, logs, points."""
         batch, loss, logs = Batch(self, strong, weak, mask, progress), 0.0, {}
         for name, weight in self.terms.items():
             value, more = OBJECTIVES[name].loss(batch)
