@@ -176,8 +176,9 @@ class Batch:
 
     def pairs(self, term):
         """[(student's points, teacher's points), ..] of different views, of all ranks: (B, D)."""
-        sides = self.student_points(term), self.teacher_points(term)
-        return other_views(*([gather(x.float()) for x in views] for views in sides))
+        student, teacher = ([gather(x.float()) for x in points] for points in
+                            (self.student_points(term), self.teacher_points(term)))
+        return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
     def points(self):
         """For `panel`: (B, D) of all ranks, of the student (None with one view) and, of another
@@ -203,9 +204,6 @@ def on_views(head, views):
         return head(torch.cat(views)).chunk(len(views))
     return [head(x) for x in views]
 
-
-def other_views(student, teacher):
-    return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
 
 def mean(values):
@@ -331,9 +329,8 @@ def feature(batch):
 
     FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
     """
-    pairs = other_views(batch.student_points("feature"), batch.teacher_points("feature"))
-    return mean(F.smooth_l1_loss(s.float(), F.layer_norm(t.float(), t.shape[-1:]))
-                for s, t in pairs), {}
+    return mean(F.smooth_l1_loss(s, F.layer_norm(t, t.shape[-1:]))
+                for s, t in batch.pairs("feature")), {}
 
 OBJECTIVES["feature"] = Term(
     feature, predictor=lambda args, vit, width, teacher_width: nn.Linear(
@@ -381,8 +378,7 @@ def byol(batch):
     |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
     Deviation: AdamW for LARS.
     """
-    pairs = other_views(batch.student_points("byol"), batch.teacher_points("byol"))
-    return 2 * mean(byol_loss(*pair) for pair in pairs), {}
+    return 2 * mean(byol_loss(*pair) for pair in batch.pairs("byol")), {}  # two directions
 
 OBJECTIVES["byol"] = Term(
     byol, through_head=True, least=2, defaults=UNMASKED | WIDE | dict(momentum=0.996),
