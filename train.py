@@ -494,7 +494,15 @@ class Log:
 
 # ---- evaluating and stepping -------------------------------------------------------------------
 
-def evaluate(args, system, sets, device, alive, controls=False):
+def report(args, system, sets, asked, log, row):
+    """Evaluate where that is due, and log. A run that is killed in here does so when resumed."""
+    if row.pop("evaluating"):
+        row |= evaluate(args, system, sets, asked, controls=row["step"] == 0)
+    if log:
+        log.write(row)
+
+
+def evaluate(args, system, sets, asked=(), controls=False):
     """k-NN accuracy of frozen features, plain and centred, in percent, and their rank.
 
     `controls`: also what training has to beat, the untrained network and raw pixels.
@@ -502,10 +510,16 @@ def evaluate(args, system, sets, device, alive, controls=False):
     labelled = [(data.labels >= 0).nonzero().flatten() for data in sets]
     # of large sets 50,000 images, evenly spaced
     some = [x[torch.linspace(0, len(x) - 1, min(len(x), 50000)).long()] for x in labelled]
+    vit, device = system.eval_network.backbone, next(system.parameters()).device
+
+    def alive():  # at every batch
+        watch(args.timeout)
+        if asked:  # by a signal to stop: the state was saved before the evaluation
+            sys.exit(128 + max(asked))
 
     def features(pool):
-        return [extract_features(system.eval_network.backbone, data, args.image_size, pool, device,
-                                 indices, args.workers, alive) for data, indices in zip(sets, some)]
+        return [extract_features(vit, data, args.image_size, pool, device, indices, args.workers,
+                                 alive) for data, indices in zip(sets, some)]
 
     train, test = features(args.pool)
     plain, centered = knn_top1(train, test), knn_top1(train, test, center=True)
@@ -536,43 +550,44 @@ def over_ranks(logs, device, world):
 
 
 class Prefetched:
-    """The current batch, the next one on request, and how fast both came since the last row."""
+    """The pieces of the current batch, and how fast batches came since the last row."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, args, pieces):
+        self.args, self.pieces, self.error = args, pieces, None
         self.restart()
         self.advance()
 
     def restart(self):
-        self.since, self.waited, self.fetched = time.perf_counter(), 0.0, 0
+        self.since, self.waited, self.batches = time.perf_counter(), 0.0, 0
 
     def advance(self):
         start = time.perf_counter()
-        self.current = next(self.batches, None)
-        self.waited, self.fetched = self.waited + time.perf_counter() - start, self.fetched + 1
+        try:
+            self.current = [*itertools.islice(self.pieces, self.args.grad_accum)]
+        except DataError as error:  # said after the step that is not finished yet
+            self.error = error
+        self.waited, self.batches = self.waited + time.perf_counter() - start, self.batches + 1
 
-    def speed(self, args):
-        steps = self.fetched / args.grad_accum
-        return dict(images_per_second=steps * args.batch_size / (time.perf_counter() - self.since),
-                    data_seconds=self.waited / steps)
+    def speed(self):
+        images = self.batches * self.args.batch_size
+        return dict(images_per_second=images / (time.perf_counter() - self.since),
+                    data_seconds=self.waited / self.batches)
 
 
-def backward(args, system, network, batches, step, progress):
+def backward(args, system, network, batch, step, progress):
     """Gradients of one step, summed over the pieces of its batch -> last loss, logs, points."""
     rank, world = ranks()
     device = next(system.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     torch.manual_seed(fold(args.seed, 3, step, rank))  # only drop-path draws from it
-    for piece in range(args.grad_accum):
-        _, weak, strong = batches.current
+    for piece, (_, weak, strong) in enumerate(batch):
         mask = draw_masks(args, system, step, piece, weak, rank, world)
-        network.require_backward_grad_sync = piece == args.grad_accum - 1  # DDP: average once
+        network.require_backward_grad_sync = piece == len(batch) - 1  # DDP: average once
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, logs, points = network(strong, weak, mask, progress)
         # outside autocast: geometry stays in float32. The factor is 1, or NaN where the loss is
         # not finite: through the averaged gradient every rank learns of it
-        (loss * (1 + 0 * loss.detach()) / args.grad_accum).backward()
-        batches.advance()  # while a GPU still computes
+        (loss * (1 + 0 * loss.detach()) / len(batch)).backward()
     return loss, logs, points
 
 
@@ -680,34 +695,25 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     """The loop, from step `start` to `stop` -> exit status; `row`: of step `start`, to be logged."""
     (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
     device = next(system.parameters()).device
-    log = Log(args.out_dir) if rank == 0 else None
-    for network in (system.student, system.teacher) if args.compile else ():
-        if network:
+    for network in (system.student, system.teacher):
+        if args.compile and network:
             network.backbone.compile()
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
     keep = partial(save, args, system, optimizer, train_set)
-    batches = Prefetched(open_batches(args, train_set, start, stop, rank, world, device))
+    finish_row = partial(report, args, system, sets, asked, Log(args.out_dir) if rank == 0 else None)
+    if start == 0 or row:
+        finish_row(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
+    batches = Prefetched(args, open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
-
-    def alive():  # at every batch of an evaluation
-        watch(args.timeout)
-        if asked:  # the state was saved before the evaluation
-            sys.exit(128 + max(asked))
-
-    def report(row):  # a run that is killed in here does it when it is resumed
-        if row.pop("evaluating"):
-            row |= evaluate(args, system, sets, device, alive, controls=row["step"] == 0)
-        if log:
-            log.write(row)
-        batches.restart()
-
-    if start == 0 or row:
-        report(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
     done, in_a_row, left_by, saved = start, 0, 0, True
     for step in range(start, stop):
         watch(args.timeout)
+        if batches.error:  # the images cannot be read any more
+            if rank == 0:
+                keep(step=step, skipped_steps=skipped)
+            raise batches.error
         stage, place = divmod(step, stage_length)
         if stage and not place:
             system.next_stage(stage)
@@ -715,14 +721,9 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)
         centers = dict(system.state)
-        try:
-            loss, logs, points = backward(args, system, network, batches, step,
-                                          place / stage_length)
-        except DataError:  # the images cannot be read any more: keep the state before this step
-            system.state = centers
-            if rank == 0:
-                keep(step=step, skipped_steps=skipped)
-            raise
+        loss, logs, points = backward(args, system, network, batches.current, step,
+                                      place / stage_length)
+        batches.advance()  # while a GPU still computes
         norm = clip(system, args.clip_grad, args.clip_each)
         finite = math.isfinite(norm)
         if finite:
@@ -748,12 +749,13 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
                        **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
                        weight_decay=decay, momentum=momentum, gradient_norm=norm,
                        **(panel(*points) if finite else {}), skipped_steps=skipped,
-                       **batches.speed(args), evaluating=evaluating)
+                       **batches.speed(), evaluating=evaluating)
             # saved before it is evaluated, which can take long; not while steps are being skipped
             if rank == 0 and (saving and finite or left_by or done == stop):
                 saved = keep(step=done, skipped_steps=skipped, row=row)
             if not (left_by and evaluating):  # else the resumed run evaluates
-                report(row)
+                finish_row(row)
+            batches.restart()
         if left_by:
             break
     bar.close()

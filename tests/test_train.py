@@ -159,6 +159,6 @@ def test_evaluation_draws_its_references_from_the_labelled(monkeypatch):
         drawn.append(indices)
         return torch.eye(3)[data.labels[indices]], data.labels[indices]
     monkeypatch.setattr(train, "extract_features", extract)
-    args = SimpleNamespace(image_size=32, workers=0, pool="mean")
-    train.evaluate(args, System(parse()), sets, "cpu", lambda: None)
+    args = SimpleNamespace(image_size=32, workers=0, pool="mean", timeout=0)
+    train.evaluate(args, System(parse()), sets)
     assert drawn[0].tolist() == list(range(0, 60_000, 10)) and drawn[1].tolist() == [0]

@@ -218,7 +218,7 @@ def test_images_that_cannot_be_read_any_more_end_a_run_after_it_was_saved(
         patch.setattr(train, "train_batches", lost)
         assert run(tmp_path, base, "--save-every", 99, "--eval-every", 99) == 2
     assert "the disk is gone" in capsys.readouterr().err.splitlines()[-1]
-    assert state_of(tmp_path)["step"] == 2
+    assert state_of(tmp_path)["step"] == 3
     assert run(tmp_path, base) == 0
     assert_close(tensors(tmp_path), tensors(whole), rtol=0, atol=0)
 
