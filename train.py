@@ -220,7 +220,6 @@ def refuse(args):
          f"--grad-accum) and leave {least} images per piece for {comparing}"),
         ("ibot" in terms and args.pool == "cls+mean",
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
-
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),
@@ -318,17 +317,16 @@ def warn(text):
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def setting(system, train_set):
+def setting(system):
     """Facts that may change on resume; results are then no longer bitwise identical."""
     return dict(processes=ranks()[1], device=next(system.parameters()).device.type,
-                torch=str(torch.__version__), threads=torch.get_num_threads(),
-                images=len(train_set))
+                torch=str(torch.__version__), threads=torch.get_num_threads())
 
 
-def save(args, system, optimizer, train_set, **progress):
+def save(args, system, optimizer, **progress):
     """Replace checkpoint.pt atomically; the one before stays as previous.pt -> is it on disk?"""
     state = dict(system.save(), optimizer=optimizer.state_dict(), args=vars(args),
-                 setting=setting(system, train_set), **progress)
+                 setting=setting(system), **progress)
     path = os.path.join(args.out_dir, "checkpoint.pt")
     try:
         write_file(path, lambda file: torch.save(state, file),
@@ -354,12 +352,11 @@ def differences(old, new, prefix=""):
 def load_state(state, system, optimizer):
     """Restore networks and optimizer, all or nothing: ValueError where the file does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
+           for i, p in enumerate(parameters)}
     moments = state.get("optimizer", {}).get("state", {})
-    wrong = [] if set(moments) <= set(range(len(parameters))) else ["optimizer: other parameters"]
-    for index, entry in moments.items() if not wrong else ():
-        p = parameters[index]
-        wrong += [f"optimizer of parameter {index}: {text}" for text in misfits(
-            dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p), entry)]
+    wrong = [f"optimizer of parameter {i}: {text}"
+             for i, found in moments.items() for text in misfits(own.get(i, {}), found)]
     if wrong:
         raise ValueError(listed(wrong))
     system.load(state)
@@ -367,7 +364,7 @@ def load_state(state, system, optimizer):
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
 
 
-def resume(args, system, optimizer, train_set):
+def resume(args, system, optimizer):
     """Restore the newest intact checkpoint of this run -> (step, skipped steps, unlogged row)."""
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
                     for launcher in ("TORCHELASTIC", "SLURM"))
@@ -404,7 +401,7 @@ def resume(args, system, optimizer, train_set):
             raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
                              "--out-dir, the same options, --resume none to start over, or "
                              "--resume with its path")
-        changed = differences(state.get("setting", {}), setting(system, train_set))
+        changed = differences(state.get("setting", {}), setting(system))
         if ranks()[0] == 0:
             for text in problems:
                 warn(f"{text}; took the state before")
@@ -670,7 +667,7 @@ def main():
         name = os.path.abspath(args.data_path) if args.data == "folder" else args.data
         args.out_dir = args.out_dir or (
             f"runs/{args.loss.replace('*', 'x')}-{os.path.basename(name)}")
-        start, skipped, row = resume(args, system, optimizer, train_set)
+        start, skipped, row = resume(args, system, optimizer)
         seen = all_gather((start, len(train_set)))
         if len({*seen}) > 1:
             raise ValueError(f"the processes found {seen} (step, images): all must see the same "
@@ -700,7 +697,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             network.backbone.compile()
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
-    keep = partial(save, args, system, optimizer, train_set)
+    keep = partial(save, args, system, optimizer)
     finish_row = partial(report, args, system, sets, asked, Log(args.out_dir) if rank == 0 else None)
     if start == 0 or row:
         finish_row(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
