@@ -1,15 +1,17 @@
-"""The catalogue: what each system computes, as one short function with its idea and its equation.
+"""The catalogue of systems: each is one short function with its idea, equation and paper.
 
-    s_i = student(view of image i, perhaps masked)     t_i = teacher(view of image i, whole)
+    s_i = student(view of image i, perhaps masked)     t_i = teacher(another, whole view of image i)
 
-A term maps a `Batch` to its loss and to what else is logged. Its entry in OBJECTIVES stands under
-it, so a new system is one place. Any weighted sum of terms is one objective: `--loss dino+0.5*rkd`.
+A system is a term: a function of a `Batch` that returns its loss and a dict of parts to log. Its
+entry in OBJECTIVES, with heads and default options, stands under the function: a new system needs
+no other place. `--loss` takes a term or a weighted sum of terms, as `dino+0.5*rkd`.
 
-All terms differ from their papers in this: schedules that move each step, Xavier initialisation,
-jitters in a fixed order, images turned upright by their EXIF; and, without a recipe, bilinear crops,
-Adam's eps 1e-6 and weight decay of matrices alone. Other deviations are in their docstrings.
-Letters: B images of this rank (world·B after `gather`), N patches, V visible ones, G global views,
-D width, K prototypes or words, M hidden patches.
+Every term deviates from its paper in four points: schedules move at each step, Xavier
+initialisation, colour jitters in a fixed order, images rotated as their EXIF tag says. Runs without
+a recipe also have bilinear crops, Adam's eps 1e-6 and weight decay of matrices only. Docstrings
+list the other deviations.
+Letters: B images of this rank (world·B after `gather`), N patches, V visible patches, G global
+views, D width, K prototypes or words, M hidden patches.
 """
 import copy
 import math
@@ -36,10 +38,10 @@ from weights import listed, misfits, open_backbone
 # ---- over processes ----------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """Rows of all processes, in order, with gradient.
+    """Rows of all processes, in order of rank, with gradient.
 
-    Every process computes the whole loss, so each row's gradient arrives once from each: their sum
-    is `world` times the true one, which is what DDP's mean over processes divides by.
+    Every process computes the whole loss, so a row receives its gradient once from each process.
+    The sum is `world` times the true gradient, and DDP's mean over processes divides by `world`.
     """
 
     @staticmethod
@@ -84,10 +86,10 @@ class BatchNorm(nn.Module):
         return x if self.weight is None else x * self.weight + self.bias
 
 
-# ---- what both networks see --------------------------------------------------------------------
+# ---- a batch, as both networks see it ----------------------------------------------------------
 
 class Network(nn.Module):
-    """A backbone, and what the terms put on it, by their names."""
+    """A backbone, and the head and the predictor of each term, by the term's name."""
 
     def __init__(self, backbone, heads=(), predictors=()):
         super().__init__()
@@ -95,14 +97,14 @@ class Network(nn.Module):
         self.heads, self.predictors = nn.ModuleDict(heads), nn.ModuleDict(predictors)
 
     def freeze_prototypes(self):
-        """Take the gradients of the last layers away (DINO: for the first epoch)."""
+        """Remove the gradients of the prototypes (DINO freezes them in the first epoch)."""
         for head in self.heads.values():
             if isinstance(head, PrototypeHead):
                 head.prototypes.grad = None
 
 
 class Batch:
-    """One batch as both networks see it; each thing is computed when a term first asks for it.
+    """Views, mask, and the outputs of both networks, each computed when a term first reads it.
 
     Lists hold one tensor per view, global views first. `progress`: share of the run that is done.
     """
@@ -116,13 +118,13 @@ class Batch:
 
     @cached_property
     def tokens(self):
-        """The student's, of the global views: (G·B, 1 + N, D), V for N if hidden are dropped."""
+        """Student's tokens of the global views: (G·B, 1 + N, D); (.., 1 + V, D) where dropped."""
         return self.student.backbone(self.globals, self.mask, self.args.hide == "drop",
                                      cls_only=self.cls_only)
 
     @cached_property
     def features(self):
-        """The student's feature of each view, (B, D)."""
+        """Student's feature of each view: list of (B, D)."""
         G, pool = self.args.global_crops, self.args.pool
         features = [*pool_tokens(self.tokens, pool).chunk(G)]
         if self.strong[G:]:
@@ -133,7 +135,7 @@ class Batch:
     @cached_property
     @torch.no_grad()
     def unnormed(self):
-        """The teacher's tokens of the whole global views, before the last norm: (G·B, 1 + N, D)."""
+        """Teacher's tokens of the whole global views, before the last norm: (G·B, 1 + N, D)."""
         return self.teacher.backbone(self.whole, norm=False, cls_only=self.cls_only)
 
     @cached_property
@@ -154,35 +156,35 @@ class Batch:
         return on_views(self.teacher.heads[term], self.teacher_features)
 
     @cached_property
-    def hidden(self):  # (M,), places of the hidden patches among all; on the networks' device
+    def hidden(self):
         return places(self.mask, self.globals.device)
 
     def at_hidden(self, x):
-        """(G·B, N, ..) -> the rows of the hidden patches, (M, ..)."""
+        """(G·B, N, ..) -> its rows at the hidden patches, (M, ..)."""
         return x.flatten(0, 1)[self.hidden]
 
     @property
     def temperatures(self):
-        """Of student and teacher; the teacher's moves linearly over `teacher_warmup` of a run."""
+        """(student's, teacher's); the teacher's moves linearly over `teacher_warmup` of a run."""
         start, end = self.args.teacher_temperature
         warm = min(1, self.progress / max(1e-9, self.args.teacher_warmup))
         return self.args.temperature or 0.1, start + (end - start) * warm
 
     def center(self, name, batch_mean):
-        """The centre as it was before this batch, whose mean over all processes then moves it."""
+        """The centre before this batch; the batch mean over all processes moves the next one."""
         center, means = self.state[name], gather(batch_mean.float().unsqueeze(0))
         self.state[name] = move_center(center, means.mean(0))
         return center
 
     def pairs(self, term):
-        """[(student's points, teacher's points), ..] of different views, of all ranks: (B, D)."""
+        """[(student's points, teacher's points), ..] of different views: (world·B, D) each."""
         student, teacher = ([gather(x.float()) for x in points] for points in
                             (self.student_points(term), self.teacher_points(term)))
         return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
     def points(self):
-        """For `panel`: (B, D) of all ranks, of the student (None with one view) and, of another
-        view, of `eval_network`."""
+        """For `panel`, (world·B, D) each: the student's features (None where there is one view)
+        and, of another view, those of the network that is evaluated."""
         theirs = self.teacher_features if self.args.teacher == "ema" else self.features
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
@@ -190,15 +192,15 @@ class Batch:
 
 
 def places(mask, device):
-    """Where a mask on the CPU is True, counted through all its rows: (M,) int64 on the device."""
+    """Indices of True in a flattened mask on the CPU: (M,) int64 on the device."""
     return to_device(mask.flatten().nonzero().flatten(), device)
 
 
 def on_views(head, views):
-    """A head on the features (B, D) of each view. BatchNorm normalises each view by itself.
+    """A head on the features (B, D) of each view; BatchNorm normalises each view separately.
 
-    A `PrototypeHead` takes all views in one call, as in DINO's code, BatchNorm included: it then
-    normalises its prototypes once, and that costs more than the rest of the head.
+    A `PrototypeHead` gets all views in one call, as in DINO's code, so its BatchNorm normalises
+    them together. This way it normalises its prototypes once, which costs more than its MLP.
     """
     if isinstance(head, PrototypeHead):
         return head(torch.cat(views)).chunk(len(views))
@@ -211,37 +213,38 @@ def mean(values):
     return sum(values) / len(values)
 
 
-# ---- the table, and what heads are made of -----------------------------------------------------
+# ---- the table of systems, and heads that several share ----------------------------------------
 
 @dataclass
 class Term:
-    """A system: its loss, what it needs, its heads and its default options."""
+    """A system: its loss, its requirements, its heads and its default options."""
     loss: callable
-    teacher: bool = True  # it reads a teacher
-    through_head: bool = False  # .. behind a head, which a given backbone does not have
-    views: int = 2
-    least: int = 1  # images in a batch
-    hide: str = None  # how patches must be hidden, where it predicts them
-    centers: tuple = ()  # names of its running means of K teacher logits
+    teacher: bool = True  # does it read a teacher?
+    through_head: bool = False  # .. through a head, which a given backbone lacks?
+    views: int = 2  # global views per image, at least
+    least: int = 1  # images per batch, at least
+    hide: str = None  # --hide, where it predicts hidden patches
+    centers: tuple = ()  # names of its running means of teacher logits, (K,) each
     defaults: dict = field(default_factory=dict)  # options when it runs alone
-    # both are called with (args, vit, width of a feature, width of the teacher)
+    # makers of modules, called with (args, vit, width of a feature, width of the teacher)
     head: callable = nn.Identity  # of both networks
-    predictor: callable = nn.Identity  # of the student
+    predictor: callable = nn.Identity  # of the student only
 
 
 OBJECTIVES = {}  # name -> Term; filled below, each entry under its function
 
+# default options that several systems share
 UNMASKED = dict(mask_ratio=0.0)  # published without a mask
-SLOW = dict(momentum=0.99)  # at .95 the teacher follows too soon, and features collapse
-WIDE = dict(projection=128, head_hidden=1024)  # a predictor has to be able to copy: MoCo v3, 16 : 1
+SLOW = dict(momentum=0.99)  # at .95 the teacher moves too fast, and features collapse
+WIDE = dict(projection=128, head_hidden=1024)  # a narrower predictor trains unsteadily
 
 
 def batchnorm_mlp(args, vit, width, _, out=None, layers=2, last=True, predictor=False):
-    """A head as SimCLR, BYOL and MoCo v3 build it; `last`: a BatchNorm without scale behind it."""
+    """Head of SimCLR, BYOL and MoCo v3; `last`: a BatchNorm without scale after the last layer."""
     out = out or args.projection or 256
-    behind = partial(BatchNorm, affine=False) if last else None
+    after = partial(BatchNorm, affine=False) if last else None
     return mlp_head(out if predictor else width, args.head_hidden or 4 * width, out, layers,
-                    BatchNorm, nn.ReLU, behind, bias=False)
+                    BatchNorm, nn.ReLU, after, bias=False)
 
 
 def decoder(args, vit, out):
@@ -254,28 +257,30 @@ def rkd(batch):
     """Masked relational distillation (relations: Park et al. 2019, arXiv 1904.05068).
 
     w_D · distance(s, t) + w_A · angle(s, t) + w_P · pull(s, t), s and t of different views.
-    Relations are blind to any rigid motion: only the small pull ties an image's views together.
-    Angles at all images cost the cube of their number: those at the first `--angle-vertices` of the
-    batch, whose order is random, are an unbiased estimate. Each rank computes its share of them.
+    A rigid motion of all points changes no relation, so only the small pull makes a student's view
+    agree with the teacher's view of the same image.
+    Angles at all images would cost the cube of their number. Angles at the first `--angle-vertices`
+    images are an unbiased estimate, since the order of a batch is random; each rank computes a
+    share of them.
     Deviations: the teacher is a moving average and not L2-normalised; the pull is ours.
     """
-    args, B, pairs = batch.args, len(batch.strong[0]), batch.pairs("rkd")
+    args, pairs = batch.args, batch.pairs("rkd")
     weights = dict(distance=args.distance_weight, angle=args.angle_weight, pull=args.pull_weight)
 
     def weigh(losses):
         return sum(weights[name] * loss for name, loss in losses.items())
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    vertices = torch.arange(min(max(args.angle_vertices or 256, world), world * B))
+    vertices = torch.arange(min(max(args.angle_vertices or 256, world), len(pairs[0][0])))
     own = vertices.tensor_split(world)[rank]
     each = [relations(*pair, args, own) for pair in pairs]
     losses = {name: mean(found[name] for found in each) for name in each[0]}
-    if args.angle_weight:  # the mean over ranks is that over all vertices
+    if args.angle_weight:  # makes the mean over ranks the mean over all vertices
         losses["angle"] = losses["angle"] * (len(own) * world / len(vertices))
     if args.pull_weight:
         losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
     total = weigh(losses)
-    if args.patch_weight:  # among the patches of one crop: (G·B, N, D)
+    if args.patch_weight:  # relations among the patches of one crop: (G·B, N, D)
         student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
         if batch.mask is not None and args.hide == "drop":
             seen = teacher.flatten(0, 1)[places(~batch.mask, teacher.device)]
@@ -287,7 +292,7 @@ def rkd(batch):
 
 
 def relations(student, teacher, args, vertices=None):
-    """The two relational losses between points (..., N, D); a weight of 0 is not computed."""
+    """Both relational losses between points (..., N, D), without those of weight 0."""
     losses = {}
     if args.distance_weight:
         losses["distance"] = rkd_distance_loss(student, teacher, args.distance_power)
@@ -325,9 +330,10 @@ OBJECTIVES["ressl"] = Term(ressl, least=3)
 
 
 def feature(batch):
-    """Control: the instances themselves. Smooth L1 of a linear map of s_i to t_i, normalised.
+    """Control: features instead of relations (FitNets: Romero et al. 2015, arXiv 1412.6550, eq. 3).
 
-    FitNets' hints (Romero et al. 2015, arXiv 1412.6550, eq. 3) at the last layer, of other views.
+    Smooth L1 between a linear map of s_i and the layer-normalised t_i.
+    Deviations: features of the last layer, and of two different views.
     """
     return mean(F.smooth_l1_loss(s, F.layer_norm(t, t.shape[-1:]))
                 for s, t in batch.pairs("feature")), {}
@@ -340,7 +346,7 @@ OBJECTIVES["feature"] = Term(
 # ---- contrast ----------------------------------------------------------------------------------
 
 def simclr(batch):
-    """SimCLR (Chen et al. 2020, arXiv 2002.05709): find the other view among all, without teacher.
+    """SimCLR (Chen et al. 2020, arXiv 2002.05709): find the other view among all; no teacher.
 
     NT-Xent, 2N-way, over the images of all ranks; projection head.
     Deviations: AdamW for LARS; BatchNorm over each view by itself.
@@ -357,9 +363,9 @@ OBJECTIVES["simclr"] = Term(
 def moco(batch):
     """MoCo v3 (Chen, Xie, He 2021, arXiv 2104.02057): find the teacher's view of the same image.
 
-    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all ranks; q by
-    head and predictor. Deviation: the teacher moves at the end of a step, not before the keys are
-    made, so the momentum's schedule is one step behind.
+    ctr(q_1, k_2) + ctr(q_2, k_1), ctr = 2·temperature · InfoNCE over the images of all ranks;
+    q = predictor(head(s)), k = head(t). Deviation: the teacher moves at the end of a step, not
+    before its keys are computed, so the schedule of the momentum is one step late.
     """
     temperature = batch.args.temperature or 0.2
     loss = mean(info_nce_loss(*pair, temperature) for pair in batch.pairs("moco"))
@@ -375,8 +381,8 @@ OBJECTIVES["moco"] = Term(
 def byol(batch):
     """BYOL (Grill et al. 2020, arXiv 2006.07733): predict the teacher's projection of another view.
 
-    |p̂_1 - ẑ_2|² + |p̂_2 - ẑ_1|²; no negatives: predictor and moving average keep it from collapse.
-    Deviation: AdamW for LARS.
+    |p_1 - z_2|² + |p_2 - z_1|², all of length 1. There are no negatives: the predictor and the
+    moving average prevent collapse. Deviation: AdamW for LARS.
     """
     return 2 * mean(byol_loss(*pair) for pair in batch.pairs("byol")), {}  # two directions
 
@@ -387,7 +393,7 @@ OBJECTIVES["byol"] = Term(
 
 
 def dino(batch, name="dino"):
-    """DINO (Caron et al. 2021, arXiv 2104.14294): the teacher's soft choice among K prototypes.
+    """DINO (Caron et al. 2021, arXiv 2104.14294): predict the teacher's choice of K prototypes.
 
     Cross-entropy of softmax(s / .1) against softmax((t - centre) / teacher temperature).
     Deviations: the teacher temperature moves each step, not each epoch; prototypes always have
@@ -412,8 +418,9 @@ OBJECTIVES["dino"] = Term(dino, through_head=True, centers=("dino",), head=proto
 def ibot(batch):
     """iBOT (Zhou et al. 2022, arXiv 2111.07832): DINO on the image and on each hidden patch.
 
-    The hidden patches' targets are the teacher's of the same view, by the same head. Prototypes are
-    compared at hidden patches only; the centre of all patches comes from their mean embedding.
+    The target of a hidden patch is the teacher's output for that patch of the same view, by the
+    same head. Logits are computed at hidden patches only; the centre is the mean over all patches,
+    computed from their mean embedding (logits are linear in it).
     Deviations: as DINO's; masks hide exactly their share.
     """
     image, _ = dino(batch, "ibot")
@@ -434,7 +441,7 @@ OBJECTIVES["ibot"] = Term(
 # ---- masked prediction -------------------------------------------------------------------------
 
 def per_patch(loss, mask):
-    """A mean over this rank's hidden patches, weighed as their share of those of all ranks."""
+    """A mean over this rank's hidden patches, weighted by this rank's share of all hidden ones."""
     hidden = loss.new_full((), int(mask.sum()))
     everyone = gather(hidden.unsqueeze(0)).mean()
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
@@ -444,9 +451,9 @@ def per_patch(loss, mask):
 def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
-    Cross-entropy over K words. Deviations: the words come from `--tokenizer` (`RandomWords`), for
+    Cross-entropy over K words. Deviations: the words come from `--tokenizer` (`RandomWords`), since
     BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; pixels
-    normalised by ImageNet's statistics; the mask token does not decay.
+    normalised by ImageNet's statistics; no weight decay of the mask token.
     """
     words = batch.at_hidden(batch.tokenizer(batch.globals))  # (M,)
     logits = batch.student.predictors["beit"](batch.at_hidden(batch.tokens[:, 1:]))  # (M, K)
@@ -458,10 +465,10 @@ OBJECTIVES["beit"] = Term(
 
 
 class RandomWords(nn.Module):
-    """A stated substitute for BEiT's tokenizer: (B, 3, S, S) -> words (B, N), below K.
+    """A substitute for BEiT's tokenizer: images (B, 3, S, S) -> words (B, N) in 0 .. K - 1.
 
     BEST-RQ's quantizer (Chiu et al. 2022, arXiv 2202.01855): a frozen random projection of the
-    standardised patch, and the nearest of K random codes by cosine. A function of the seed alone.
+    standardised patch, then the nearest of K random codes by cosine. Depends on the seed only.
     """
 
     def __init__(self, args, width=16):
@@ -477,14 +484,14 @@ class RandomWords(nn.Module):
         points = (patches @ self.projection).flatten(0, 1)
         return cosines(points, self.codes).argmax(1).view(patches.shape[:2])
 
-TOKENIZERS = dict(random=RandomWords)  # --tokenizer: maker, args -> callable as RandomWords
+TOKENIZERS = dict(random=RandomWords)  # --tokenizer: a function of args that returns a tokenizer
 
 
 def mae(batch):
-    """MAE (He et al. 2021, arXiv 2111.06377): paint the hidden patches, from visible ones alone.
+    """MAE (He et al. 2021, arXiv 2111.06377): paint the hidden patches; the ViT sees the others.
 
-    Mean squared error of a light decoder's pixels, each patch standardised. Deviation: a share that
-    is no whole number of patches is rounded, where MAE hides one more (177 of 196 at .9, here 176).
+    Mean squared error of a light decoder's pixels, each patch standardised. Deviation: the number
+    of hidden patches is rounded, where MAE rounds up (at .9 of 196 patches 177, here 176).
     """
     patches = batch.at_hidden(patchify(batch.globals, batch.args.patch_size).flatten(2))
     prediction = batch.student.predictors["mae"](batch.tokens, batch.mask)[:, 1:]
@@ -498,9 +505,9 @@ OBJECTIVES["mae"] = Term(
 def simmim(batch):
     """SimMIM (Xie et al. 2021, arXiv 2111.09886): paint the hidden patches by one linear layer.
 
-    Mean absolute error of the pixels, at mask tokens.
-    Deviations: absolute positions, no LayerScale; a cosine schedule for a step at 7/8; the mask
-    token does not decay; without the recipe's ratio 29 of 49 squares at .6, where SimMIM has 30.
+    Mean absolute error of the pixels, predicted at mask tokens.
+    Deviations: absolute positions, no LayerScale; a cosine schedule, not a step at 7/8; no weight
+    decay of the mask token; without the recipe .6 of 49 squares are 29, where SimMIM hides 30.
     """
     patches = batch.at_hidden(patchify(batch.globals, batch.args.patch_size).flatten(2))
     tokens = batch.at_hidden(batch.tokens[:, 1:])
@@ -514,7 +521,7 @@ OBJECTIVES["simmim"] = Term(
 
 
 def dbot(batch):
-    """dBOT (Liu et al. 2022, arXiv 2209.03917): a frozen teacher's features of the hidden patches.
+    """dBOT (Liu et al. 2022, arXiv 2209.03917): predict a frozen teacher's features where hidden.
 
     Smooth L1 (beta 2) at hidden patches and CLS, the target standardised before the teacher's last
     norm. After each stage the student becomes the teacher and a fresh student starts
@@ -555,9 +562,9 @@ def parse_loss(text):
 
 
 def defaults(loss):
-    """Options of a sum: those of the terms that need a mask, else those of the first term.
+    """Default options of a sum: of its terms that need a mask; where none does, of its first term.
 
-    Where two terms want different masks the value is None: the user has to choose.
+    An option that two terms want differently is None: the user has to choose.
     """
     names = [*parse_loss(loss)]
     masked = {name: OBJECTIVES[name].hide for name in names if OBJECTIVES[name].hide}
@@ -575,7 +582,7 @@ def defaults(loss):
 # ---- student and teacher -----------------------------------------------------------------------
 
 def build_student(args, teacher_width=None, stage=0):
-    """The student as the options describe it: the same in every process, another in each stage."""
+    """The student of these options: the same weights in every process, others in each stage."""
     torch.manual_seed(fold(args.seed, 5, stage) if stage else args.seed)
     vit = ARCHS[args.arch](image_size=args.image_size, patch_size=args.patch_size,
                            drop_path=args.drop_path, fixed_pos=args.fixed_pos)
@@ -620,7 +627,7 @@ class System(nn.Module):
         if any(OBJECTIVES[name].teacher for name in self.terms):
             heads = {name: nn.Identity() for name in self.terms} if given else self.student.heads
             self.teacher = copy.deepcopy(Network(given or vit, heads)).requires_grad_(False).eval()
-        self.state = {center: torch.zeros(args.prototypes)  # what terms remember: in checkpoints
+        self.state = {center: torch.zeros(args.prototypes)  # saved in checkpoints
                       for name in self.terms for center in OBJECTIVES[name].centers}
         self.tokenizer = TOKENIZERS[args.tokenizer](args) if "beit" in self.terms else None
 
@@ -630,7 +637,7 @@ class System(nn.Module):
 
     @property
     def eval_network(self):
-        """The network that is evaluated: the moving average where there is one."""
+        """The network to evaluate: the moving average where there is one, else the student."""
         return self.teacher if self.args.teacher == "ema" else self.student
 
     def forward(self, strong, weak, mask, progress=0.0):
@@ -648,7 +655,7 @@ class System(nn.Module):
         self.student.load_state_dict(build_student(self.args, stage=stage).state_dict())
 
     def parts(self):
-        """Networks by their names in a checkpoint: another teacher than an average is `frozen`."""
+        """Networks by their names in a checkpoint; a teacher that is no average is `frozen`."""
         name = "teacher" if self.args.teacher == "ema" else "frozen"
         return {"student": self.student} | ({name: self.teacher} if self.teacher else {})
 
@@ -657,7 +664,7 @@ class System(nn.Module):
         return dict(networks, objective=self.state)
 
     def load(self, state):
-        """Take over what `save` kept: all of it, or nothing and a ValueError that lists why."""
+        """Load what `save` returned; ValueError lists what does not fit, and nothing is loaded."""
         wrong = [f"{name}: {text}"
                  for name, own in self.save().items() for text in misfits(own, state.get(name))]
         if wrong:
@@ -669,6 +676,6 @@ class System(nn.Module):
 
 # ---- published recipes -------------------------------------------------------------------------
 
-# --recipe NAME: recipes/NAME.toml, options as published; the source of each value is beside it
+# --recipe NAME reads recipes/NAME.toml: published options, the source of each in a comment
 RECIPES = {path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
            for path in sorted(Path(__file__).parent.glob("recipes/*.toml"))}
