@@ -202,7 +202,8 @@ def refuse(args):
          f"--mask-unit {args.mask_unit} belongs to --mask random, not {args.mask}: leave one out"),
         (side % args.mask_unit,
          f"--mask-unit {args.mask_unit} does not divide {side} x {side} patches: take 1"),
-        ((args.mask_ratio or predicting) and not (most and args.mask_probability),
+        ((predicting or args.mask_ratio or args.mask_spread)
+         and not (args.mask_ratio and most and args.mask_probability),
          f"--mask-ratio {args.mask_ratio} with --mask-probability {args.mask_probability} hides "
          f"none of {units} patches or squares, and {predicting or 'a mask'} needs some: raise both "
          "above 0"),
@@ -389,7 +390,7 @@ def resume(args, system, optimizer):
             if not isinstance(state.get("args"), dict) or type(steps) is not int or steps < 0:
                 raise ValueError(f"{path} is no checkpoint of train.py")
             other = differences(state["args"], options, "--")
-            if state["args"].get("data_fingerprint", args.data_fingerprint) != args.data_fingerprint:
+            if state["args"].get("data_fingerprint") != args.data_fingerprint:
                 other.append(f"other images than {args.data_path} has now")
             if free or not other:
                 load_state(state, system, optimizer)
@@ -689,7 +690,7 @@ def main():
 
 
 def train(args, system, optimizer, sets, start, stop, total, skipped, row):
-    """The loop, from step `start` to `stop` -> exit status; `row`: of step `start`, to be logged."""
+    """The loop, from step `start` to `stop` -> exit status; `row`: of step `start`, to log first."""
     (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
     device = next(system.parameters()).device
     for network in (system.student, system.teacher):
@@ -698,7 +699,8 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
     keep = partial(save, args, system, optimizer)
-    finish_row = partial(report, args, system, sets, asked, Log(args.out_dir) if rank == 0 else None)
+    log = Log(args.out_dir) if rank == 0 else None
+    finish_row = partial(report, args, system, sets, asked, log)
     if start == 0 or row:
         finish_row(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
     batches = Prefetched(args, open_batches(args, train_set, start, stop, rank, world, device))
