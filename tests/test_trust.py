@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 import objectives
 import train
-from conftest import (FORKS, assert_same_run, call, rows_of, state_of, tensors,
+from conftest import (FORKS, assert_same_run, call, rows_of, run, state_of, tensors,
                       write_textures)
 
 torch.set_num_threads(1)
@@ -39,17 +39,6 @@ def whole(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     assert run(out, base) == 0
     return out
-
-
-def run(out, options, *more):
-    """Exit status of train.py, however it ended, without its slow pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("masks", "curves"):
-            patch.setattr(train.analyze, name, lambda *_: None)
-        try:
-            return call(*options, *more, "--out-dir", out)
-        except SystemExit as end:
-            return end.code
 
 
 def each_step(monkeypatch, change):
@@ -245,18 +234,10 @@ def test_a_run_belongs_to_its_images_wherever_they_lie(base, tmp_path, monkeypat
     shutil.copytree(places[0], places[2])
     moved = next((places[2] / "train" / "class0").iterdir())
     moved.rename(places[2] / "train" / "class1" / moved.name)  # relabelled
-    def train_on(place, *more):
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("masks", "curves"):
-                patch.setattr(train.analyze, name, lambda *_: None)
-            try:
-                return call(*base, "--data-path", place, *more)
-            except SystemExit as end:
-                return end.code
-    assert train_on(places[0], "--max-steps", 2) == 0
-    assert train_on(places[1], "--max-steps", 4) == 0
+    assert run(None, base, "--data-path", places[0], "--max-steps", 2) == 0
+    assert run(None, base, "--data-path", places[1], "--max-steps", 4) == 0
     assert "resumed runs/rkd-images/checkpoint.pt at step 2" in capsys.readouterr().out
-    assert train_on(places[2]) == 2
+    assert run(None, base, "--data-path", places[2]) == 2
     assert "other images" in capsys.readouterr().err
     assert state_of(tmp_path / "runs" / "rkd-images")["step"] == 4
 
