@@ -2,8 +2,8 @@
 
 A student sees an augmented view with most patches hidden; a teacher, the moving average (EMA) of
 the student, sees another view, whole. The student learns the teacher's *relations* among the images
-of a batch. losses.py holds the formulas, objectives.py the systems; one run is below, top to
-bottom: options, schedules, processes, saving, `main` (set-up), `train` (loop).
+of a batch. losses.py holds the formulas, objectives.py the systems, and this file one run: options,
+schedules and masks, saving, one step, then `main` (set-up) and `train` (loop).
 
     python train.py                                  # built-in images, three minutes, any machine
     torchrun --nproc_per_node=8 train.py --loss rkd --data folder --data-path /imagenet \\
@@ -22,7 +22,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -57,7 +56,7 @@ def options():
     flag = dict(action="store_true")
 
     add = parser.add_argument_group("objective and data").add_argument
-    add("--recipe", choices=RECIPES, help="published hyper-parameters; options beside it win")
+    add("--recipe", choices=RECIPES, help="published hyper-parameters; options given here win")
     add("--loss", default="rkd", metavar="SUM",
         help=f"a term or a weighted sum, as dino+0.5*rkd, of {', '.join(OBJECTIVES)}")
     add("--data", choices=DATASETS, help="default: textures (built in); folder with --data-path")
@@ -67,15 +66,15 @@ def options():
     add = parser.add_argument_group("student").add_argument
     add("--arch", default="vit_micro", choices=ARCHS, help="size of the ViT")
     add("--image-size", type=whole(1, 8192), default=32, help="side of a global view, pixels")
-    add("--patch-size", type=whole(1, 8192), default=8, help="pixels; smaller learns, costs more")
+    add("--patch-size", type=whole(1, 8192), default=8, help="pixels; smaller: better, slower")
     add("--pool", default="mean", choices=POOLS, help="feature of an image: mean of patches or CLS")
     add("--projection", type=width, default=0, help="output width of heads; 0: as published")
-    add("--head", type=width, default=0, help="rkd: width of a head; 0 relates the features")
+    add("--head", type=width, default=0, help="rkd: width of its head; 0: no head")
     add("--head-hidden", type=width, default=0, help="hidden width of heads; 0: 4 x feature width")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
         help="BatchNorm in the head of rkd, dino or ibot (against collapse)")
-    add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino, ibot; words of beit")
-    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="mae, dbot: width depth")
+    add("--prototypes", type=whole(1, 2**20), default=1024, help="number: dino, ibot, words of beit")
+    add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="width depth: mae, dbot")
     add("--tokenizer", default="random", choices=TOKENIZERS, help="beit: source of the words")
     add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
     add("--fixed-pos", **flag, help="sine-cosine positions, not learned")
@@ -83,55 +82,55 @@ def options():
 
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", default="ema", choices=["ema", "frozen"],
-        help="moving average of the student; or random, then the student of the stage before")
+        help="ema: average of the student; frozen: random, then the student of the last stage")
     add("--teacher-checkpoint", metavar="FILE", help="a given, frozen network of any width")
     add("--teacher-arch", choices=ARCHS, help="only for weights that do not say theirs")
-    add("--stages", type=positive, default=1, help="of a frozen teacher; each runs all schedules")
-    add("--momentum", type=fraction, default=0.95, help="EMA, rising to 1; .99 for long runs")
+    add("--stages", type=positive, default=1, help="frozen teachers in turn; schedules start anew")
+    add("--momentum", type=fraction, default=0.95, help="of ema, rises to 1; .99 for long runs")
 
     add = parser.add_argument_group("views and masks").add_argument
     add("--mask", default="random", choices=[*MASKS, "attention"], help="which patches to hide")
     add("--mask-ratio", type=fraction, default=0.75, help="share of hidden patches")
     add("--mask-spread", type=fraction, default=0.0, help="ratio ± this, drawn per view")
     add("--mask-probability", type=fraction, default=1.0, help="share of views with a mask")
-    add("--mask-unit", type=positive, default=1, help="random: hide squares of so many patches")
-    add("--hide", default="drop", choices=["drop", "token"], help="leave out (faster), or a token")
+    add("--mask-unit", type=positive, default=1, help="random: side of a hidden square, patches")
+    add("--hide", default="drop", choices=["drop", "token"], help="drop is faster; or a mask token")
     add("--global-crops", type=int, choices=[1, 2], default=2, help="whole views per image")
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
-    add("--local-crops", type=whole(0, 64), default=0, help="more, small views (DINO's multi-crop)")
+    add("--local-crops", type=whole(0, 64), default=0, help="small views per image (multi-crop)")
     add("--bicubic", **flag, help="crops as published; bilinear is faster")
     add("--jitter", type=fraction, default=0.4, help="of brightness and contrast")
     add("--saturation", type=fraction, help="its jitter; default: half of --jitter")
     add("--jitter-probability", type=fraction, default=0.8, help="share of jittered views")
     add("--hue", type=number(0, 0.5), default=0.5, help="in turns; .1 where colour tells classes")
     add("--grey", type=fraction, default=0.2, help="share of grey views")
-    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="share, per global view")
-    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="share, per global view")
+    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="shares of each global view")
+    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="shares, as of --blur")
     add("--weak-teacher", **flag, help="the teacher's views keep their colours")
 
     add = parser.add_argument_group("losses").add_argument
-    add("--distance-weight", type=number(0), default=1.0, help="rkd: of distances")
-    add("--distance-power", type=number(0), default=1.0, help="rkd: of the teacher; 0: all equal")
-    add("--angle-weight", type=number(0), default=2.0, help="rkd: of angles (Park et al.: 2)")
-    add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256")
-    add("--pull-weight", type=number(0), default=0.05, help="rkd; 0 with a given teacher")
-    add("--patch-weight", type=number(0), default=0.0, help="rkd: among the patches of an image")
+    add("--distance-weight", type=number(0), default=1.0, help="rkd: weight of distances")
+    add("--distance-power", type=number(0), default=1.0, help="rkd: exponent of the teacher's")
+    add("--angle-weight", type=number(0), default=2.0, help="rkd: weight; Park et al.: 2")
+    add("--angle-vertices", type=positive, help="rkd: images with angles, at most; default: 256")
+    add("--pull-weight", type=number(0), default=0.05, help="rkd: 0 with a given teacher")
+    add("--patch-weight", type=number(0), default=0.0, help="rkd: of relations of patches")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
         help="dino, ibot, ressl: start and end; a lower start against collapse")
-    add("--teacher-warmup", type=fraction, default=0.3, help="share of the run from start to end")
-    add("--freeze-last-layer", type=fraction, default=0.0, help="share with fixed prototypes")
+    add("--teacher-warmup", type=fraction, default=0.3, help="share of the run to reach the end")
+    add("--freeze-last-layer", type=fraction, default=0.0, help="share of the run")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--batch-size", type=positive, default=128, help="images per step, all processes together")
-    add("--grad-accum", type=positive, default=1, help="pieces per batch; no relations across them")
+    add("--grad-accum", type=positive, default=1, help="pieces per batch; relations stay within one")
     add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
     add("--lr", type=number(0), default=3e-3, help="peak, absolute; halve it if the loss jumps")
     add("--min-lr", type=number(0), default=0.0, help="at the end")
     add("--warmup", type=fraction, default=0.1, help="share of the run; more if unstable")
     add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start end (cosine)")
-    add("--decay", default="matrices", choices=DECAY, help="what it acts on; tokens: these too")
+    add("--decay", default="matrices", choices=DECAY, help="of which parameters; tokens: also")
     add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW; lower if the loss jumps")
     add("--adam-eps", type=number(0), default=1e-6, help="AdamW; published: 1e-8")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
@@ -184,7 +183,7 @@ def refuse(args):
     least, comparing = max((term.least, name) for name, term in terms.items())
     given = args.teacher_checkpoint
     side = max(1, args.image_size // args.patch_size)
-    units = max(1, side // args.mask_unit) ** 2  # what a mask hides or leaves
+    units = max(1, side // args.mask_unit) ** 2  # a mask hides some of these
     most = round((args.mask_ratio + args.mask_spread) * units)
     visible = (units - most) * args.mask_unit ** 2  # patches
     uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
@@ -197,7 +196,7 @@ def refuse(args):
         (args.hide != hide,
          f"--hide {args.hide} does not fit {predicting}: it needs --hide {hide}"),
         (args.hide == "drop" and uneven, "--mask-spread and --mask-probability hide more in one "
-         "image than in another, and dropping needs as many in each: --hide token, or leave them"),
+         "image than in another, and --hide drop needs equal numbers: take --hide token"),
         (args.mask_unit > 1 and args.mask != "random",
          f"--mask-unit {args.mask_unit} belongs to --mask random, not {args.mask}: leave one out"),
         (side % args.mask_unit,
@@ -215,10 +214,10 @@ def refuse(args):
         (args.global_crops < views, f"--global-crops {args.global_crops}: {viewer} compares "
          f"{views} views of an image: set it to {views}"),
         (not 0 < args.crop_scale[0] <= args.crop_scale[1],
-         f"--crop-scale {args.crop_scale}: from above 0 to at least that"),
+         f"--crop-scale {args.crop_scale}: give smallest and largest area, above 0, in this order"),
         (args.batch_size % pieces or args.batch_size // args.grad_accum < least,
          f"--batch-size {args.batch_size} must be a multiple of {pieces} (processes x "
-         f"--grad-accum) and leave {least} images per piece for {comparing}"),
+         f"--grad-accum), with at least {least} images per piece for {comparing}"),
         ("ibot" in terms and args.pool == "cls+mean",
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
@@ -234,8 +233,8 @@ def refuse(args):
         (args.teacher_arch and not given, f"--teacher-arch {args.teacher_arch} names the network "
          "of a --teacher-checkpoint: add that, or leave it out"),
         (args.stages > 1 and (given or not taught),
-         f"--stages {args.stages}: each next teacher is the student before it: --stages 1 with "
-         "--teacher-checkpoint or without a term that has a teacher"),
+         f"--stages {args.stages}: the next teacher is the student of the last stage, which "
+         "--teacher-checkpoint and terms without a teacher do not allow: --stages 1"),
         (args.teacher == "ema" and frozen,
          f"{frozen} has a frozen teacher, not --teacher ema: take --teacher frozen"),
     ]
@@ -244,7 +243,7 @@ def refuse(args):
             raise ValueError(sentence)
 
 
-# ---- what a step depends on: schedules, order, masks -------------------------------------------
+# ---- schedules, order of the images, masks, views ------------------------------------------------
 
 def schedules(step, total, args):
     """Learning rate (linear warm-up, cosine down), weight decay and momentum (cosine) of a step."""
@@ -426,7 +425,7 @@ def open_folder(args, step):
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                raise ValueError(f"--out-dir {args.out_dir} is of a run that goes on: wait for "
+                raise ValueError(f"--out-dir {args.out_dir} is in use by a running job: wait for "
                                  "its end, or choose another") from None
         if args.resume == "none" and not step:
             for name in ("checkpoint.pt", "previous.pt", "log.jsonl"):  # nothing saved is lost
@@ -627,9 +626,7 @@ def listen():
     return asked
 
 
-
-# ---- one run, top to bottom --------------------------------------------------------------------
-
+# ---- one run, top to bottom ----------------------------------------------------------------------
 
 @record
 def main():
@@ -652,14 +649,13 @@ def main():
                              f"{args.stages}: raise --epochs (now {args.epochs or 'not given'}) "
                              "or --max-steps")
 
-        # -- student, teacher, optimizer. The default eps: relations do not see norm.bias, attention
-        # not the bias of its keys; 1e-8 would raise the rounding noise of their gradients to full
-        # steps
+        # -- student, teacher, optimizer. Why --adam-eps is 1e-6 by default: some parameters have no
+        # effect (norm.bias on relations, the bias of keys on attention), their gradients are
+        # rounding noise, and 1e-8 would turn that noise into full steps
         system = System(args).to(device)
         parameters = [p for p in system.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in parameters if DECAY[args.decay](p) == decayed])
                   for decayed in (True, False)]
-        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2),
                                       eps=args.adam_eps, fused=device.type != "mps")
 
@@ -671,8 +667,7 @@ def main():
         start, skipped, row = resume(args, system, optimizer)
         seen = all_gather((start, len(train_set)))
         if len({*seen}) > 1:
-            raise ValueError(f"the processes found {seen} (step, images): all must see the same "
-                             "files")
+            raise ValueError(f"by rank, (step, images) are {seen}: all must see the same files")
         if rank == 0:
             open_folder(args, start)
             if test_set is None:
@@ -698,11 +693,11 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             network.backbone.compile()
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
-    keep = partial(save, args, system, optimizer)
     log = Log(args.out_dir) if rank == 0 else None
-    finish_row = partial(report, args, system, sets, asked, log)
-    if start == 0 or row:
-        finish_row(row or dict(step=0, epoch=0.0, evaluating=test_set is not None))
+    if start == 0:
+        row = dict(step=0, epoch=0.0, evaluating=test_set is not None)
+    if row:
+        report(args, system, sets, asked, log, row)
     batches = Prefetched(args, open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
@@ -711,7 +706,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         watch(args.timeout)
         if batches.error:  # the images cannot be read any more
             if rank == 0:
-                keep(step=step, skipped_steps=skipped)
+                save(args, system, optimizer, step=step, skipped_steps=skipped)
             raise batches.error
         stage, place = divmod(step, stage_length)
         if stage and not place:
@@ -735,7 +730,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         else:  # as if the step had not been
             system.state, skipped, in_a_row = centers, skipped + 1, in_a_row + 1
             complain(args, len(train_set), step, stop, lr, in_a_row)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         done = step + 1
         bar.update(args.batch_size)
         evaluating = test_set is not None and (done % every == 0 or done == stop)
@@ -751,16 +746,17 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
                        **batches.speed(), evaluating=evaluating)
             # saved before it is evaluated, which can take long; not while steps are being skipped
             if rank == 0 and (saving and finite or left_by or done == stop):
-                saved = keep(step=done, skipped_steps=skipped, row=row)
+                saved = save(args, system, optimizer, step=done, skipped_steps=skipped, row=row)
             if not (left_by and evaluating):  # else the resumed run evaluates
-                finish_row(row)
+                report(args, system, sets, asked, log, row)
             batches.restart()
         if left_by:
             break
     bar.close()
     if rank == 0:
-        if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):  # the folder is gone,
-            saved = keep(step=done, skipped_steps=skipped)  # or --resume of a finished run's path
+        # the folder was deleted, or --resume began from a finished run in another folder
+        if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
+            saved = save(args, system, optimizer, step=done, skipped_steps=skipped)
         finish(args, sets, done, total, left_by, saved)
     # 128 + signal: a scheduler restarts it; the same command continues
     return 1 if not saved else 128 + left_by if left_by else 0
