@@ -73,7 +73,7 @@ def options():
     add("--head-hidden", type=width, default=0, help="hidden width of heads; 0: 4 x feature width")
     add("--head-batchnorm", action=argparse.BooleanOptionalAction, default=False,
         help="BatchNorm in the head of rkd, dino or ibot (against collapse)")
-    add("--prototypes", type=whole(1, 2**20), default=1024, help="number: dino, ibot, words of beit")
+    add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
     add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="width depth: mae, dbot")
     add("--tokenizer", default="random", choices=TOKENIZERS, help="beit: source of the words")
     add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
@@ -123,7 +123,7 @@ def options():
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--batch-size", type=positive, default=128, help="images per step, all processes together")
-    add("--grad-accum", type=positive, default=1, help="pieces per batch; relations stay within one")
+    add("--grad-accum", type=positive, default=1, help="pieces per batch, each related apart")
     add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
     add("--lr", type=number(0), default=3e-3, help="peak, absolute; halve it if the loss jumps")
@@ -243,7 +243,7 @@ def refuse(args):
             raise ValueError(sentence)
 
 
-# ---- schedules, order of the images, masks, views ------------------------------------------------
+# ---- schedules, order of the images, masks, views ----------------------------------------------
 
 def schedules(step, total, args):
     """Learning rate (linear warm-up, cosine down), weight decay and momentum (cosine) of a step."""
@@ -339,8 +339,8 @@ def save(args, system, optimizer, **progress):
 
 
 # options that may change on resume
-FREE = ("recipe data_path data_fingerprint workers max_steps device compile out_dir resume "
-        "save_every log_every eval_every timeout").split()
+MAY_CHANGE = ("recipe data_path data_fingerprint workers max_steps device compile out_dir resume "
+              "save_every log_every eval_every timeout").split()
 
 
 def differences(old, new, prefix=""):
@@ -365,7 +365,7 @@ def load_state(state, system, optimizer):
 
 
 def resume(args, system, optimizer):
-    """Restore the newest intact checkpoint of this run -> (step, skipped steps, unlogged row)."""
+    """Restore the newest readable checkpoint of this run -> (step, skipped steps, unlogged row)."""
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
                     for launcher in ("TORCHELASTIC", "SLURM"))
     if args.resume == "none" and not restarted:
@@ -376,48 +376,48 @@ def resume(args, system, optimizer):
     own = [path for path in own if os.path.exists(path)]
     # a path begins another run from that state; a state in --out-dir must be of this very run
     given = args.resume not in ("auto", "none")
-    free = given and (not own or os.path.realpath(args.resume) in map(os.path.realpath, own))
-    options = {name: x for name, x in vars(args).items() if name not in FREE}
-    if given and not free:  # a run that began from another path is another run
-        options["resume"] = args.resume
-    problems = []
-    for path in [args.resume] if free else own:
-        other = []
+    new_run = given and (not own or os.path.realpath(args.resume) in map(os.path.realpath, own))
+    unreadable = []
+    for path in [args.resume] if new_run else own:
         try:
             state = read_file(path)
-            steps = state.get("step")
-            if not isinstance(state.get("args"), dict) or type(steps) is not int or steps < 0:
+            step = state.get("step")
+            if not isinstance(state.get("args"), dict) or type(step) is not int or step < 0:
                 raise ValueError(f"{path} is no checkpoint of train.py")
-            other = differences(state["args"], options, "--")
-            if state["args"].get("data_fingerprint") != args.data_fingerprint:
-                other.append(f"other images than {args.data_path} has now")
-            if free or not other:
-                load_state(state, system, optimizer)
-        except (ValueError, RuntimeError, AttributeError) as error:  # the one before may be intact
-            had = f"it had {', '.join(other[:6])}; " if other else ""
-            problems.append(f"--resume {path} does not fit ({had}{str(error)[:400]})")
-            continue
-        if other and not free:
-            raise ValueError(f"{path} is of another run: {', '.join(other[:6])}; choose another "
-                             "--out-dir, the same options, --resume none to start over, or "
-                             "--resume with its path")
-        changed = differences(state.get("setting", {}), setting(system))
-        if ranks()[0] == 0:
-            for text in problems:
-                warn(f"{text}; took the state before")
-            print(one_line(f"resumed {path} at step {state['step']}"
-                           + f"; it had {', '.join(other)}" * bool(other)
-                           + f"; it was made with {', '.join(changed)}: from here the run is not "
-                           "bitwise the same" * bool(changed)))
-        row = state.get("row", {}) if path in own else {}
-        return state["step"], state.get("skipped_steps", 0), row
-    if problems:
-        raise ValueError("; ".join(problems)[:900] + "; --resume none starts over")
-    return 0, 0, {}
+            break
+        except ValueError as error:  # the one before may be intact
+            unreadable.append(f"--resume {path}: {error}")
+    else:
+        if unreadable:
+            raise ValueError("; ".join(unreadable) + "; --resume none starts over")
+        return 0, 0, {}
+
+    options = {name: x for name, x in vars(args).items() if name not in MAY_CHANGE}
+    if given and not new_run:  # a run that began from another path is another run
+        options["resume"] = args.resume
+    other = differences(state["args"], options, "--")
+    if state["args"].get("data_fingerprint") != args.data_fingerprint:
+        other.append(f"other images than {args.data_path} has now")
+    had = f"; it had {', '.join(other[:6])}" if other else ""
+    if other and not new_run:
+        raise ValueError(f"{path} is of another run{had}: choose another --out-dir, the same "
+                         "options, --resume none to start over, or --resume with its path")
+    try:
+        load_state(state, system, optimizer)
+    except (ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"--resume {path} does not fit: {str(error)[:400]}{had}; --resume none "
+                         "starts over") from error
+    if ranks()[0] == 0:
+        for text in unreadable:
+            warn(f"{text}; took the state before")
+        changed = ", ".join(differences(state.get("setting", {}), setting(system)))
+        print(one_line(f"resumed {path} at step {step}{had}" + bool(changed) * (
+            f"; it was made with {changed}: from here the run is not bitwise the same")))
+    return step, state.get("skipped_steps", 0), state.get("row", {}) if path in own else {}
 
 
 def open_folder(args, step):
-    """Create --out-dir, take it, check that it is writable; --resume none renames what is there."""
+    """Create and lock --out-dir and write args.json; --resume none renames the files of old runs."""
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if fcntl:  # the lock is gone when this process is; its number stays open until then
@@ -626,7 +626,7 @@ def listen():
     return asked
 
 
-# ---- one run, top to bottom ----------------------------------------------------------------------
+# ---- one run, top to bottom --------------------------------------------------------------------
 
 @record
 def main():
@@ -685,7 +685,7 @@ def main():
 
 
 def train(args, system, optimizer, sets, start, stop, total, skipped, row):
-    """The loop, from step `start` to `stop` -> exit status; `row`: of step `start`, to log first."""
+    """The loop from step `start` to `stop` -> exit status; `row`: not yet logged at `start`."""
     (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
     device = next(system.parameters()).device
     for network in (system.student, system.teacher):
