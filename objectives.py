@@ -207,7 +207,6 @@ def on_views(head, views):
     return [head(x) for x in views]
 
 
-
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
@@ -623,8 +622,7 @@ class System(nn.Module):
             raise ValueError(f"--pull-weight {args.pull_weight} pulls points together, and the "
                              f"teacher's are {given.embed_dim} wide, the student's "
                              f"{vit.embed_dim}: --pull-weight 0")
-
-        if any(OBJECTIVES[name].teacher for name in self.terms):
+        if args.teacher != "none":
             heads = {name: nn.Identity() for name in self.terms} if given else self.student.heads
             self.teacher = copy.deepcopy(Network(given or vit, heads)).requires_grad_(False).eval()
         self.state = {center: torch.zeros(args.prototypes)  # saved in checkpoints
