@@ -54,7 +54,6 @@ DECAY = dict(matrices=lambda p: p.dim() in (2, 4), tokens=lambda p: p.dim() > 1,
 def options():
     parser, fraction, positive, width = Parser(__doc__), number(0, 1), whole(1), whole(0, 2**16)
     flag = dict(action="store_true")
-
     add = parser.add_argument_group("objective and data").add_argument
     add("--recipe", choices=RECIPES, help="published hyper-parameters; options given here win")
     add("--loss", default="rkd", metavar="SUM",
@@ -489,10 +488,10 @@ class Log:
                  "--momentum closer to 1")
 
 
-# ---- evaluating and stepping -------------------------------------------------------------------
+# ---- evaluation and one step -------------------------------------------------------------------
 
 def report(args, system, sets, asked, log, row):
-    """Evaluate where that is due, and log. A run that is killed in here does so when resumed."""
+    """Evaluate if that is due, and log. A run that is killed in here does this when resumed."""
     if row.pop("evaluating"):
         row |= evaluate(args, system, sets, asked, controls=row["step"] == 0)
     if log:
@@ -530,7 +529,7 @@ def evaluate(args, system, sets, asked=(), controls=False):
 
 
 def clip(system, limit, each=False):
-    """Clip gradients, all together or (DINO) each by itself; 0: not -> their norm before."""
+    """Clip gradients, all together or (DINO) each by itself, or not (0) -> their norm before."""
     parameters = [p for p in system.parameters() if p.grad is not None]
     groups = [[p] for p in parameters] if each else [parameters]
     norms = [nn.utils.clip_grad_norm_(group, limit or math.inf) for group in groups]
@@ -561,7 +560,7 @@ class Prefetched:
         start = time.perf_counter()
         try:
             self.current = [*itertools.islice(self.pieces, self.args.grad_accum)]
-        except DataError as error:  # said after the step that is not finished yet
+        except DataError as error:  # raised when the step in hand is finished
             self.error = error
         self.waited, self.batches = self.waited + time.perf_counter() - start, self.batches + 1
 
@@ -582,8 +581,8 @@ def backward(args, system, network, batch, step, progress):
         network.require_backward_grad_sync = piece == len(batch) - 1  # DDP: average once
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, logs, points = network(strong, weak, mask, progress)
-        # outside autocast: geometry stays in float32. The factor is 1, or NaN where the loss is
-        # not finite: through the averaged gradient every rank learns of it
+        # the factor is 1, or NaN where the loss is not finite: the gradient is then NaN too, and
+        # its mean over the ranks tells all of them
         (loss * (1 + 0 * loss.detach()) / len(batch)).backward()
     return loss, logs, points
 
@@ -614,8 +613,8 @@ def listen():
 
     def receive(number, _):
         now = time.monotonic()
-        if now > min(asked.values(), default=now) + 1:  # torchrun and the terminal may both send
-            os._exit(128 + number)                      # the first one
+        if now > min(asked.values(), default=now) + 1:  # sooner: both torchrun and a terminal send
+            os._exit(128 + number)
         asked.setdefault(number, now)
 
     if threading.current_thread() is threading.main_thread():  # no other thread can listen
@@ -653,6 +652,9 @@ def main():
         # effect (norm.bias on relations, the bias of keys on attention), their gradients are
         # rounding noise, and 1e-8 would turn that noise into full steps
         system = System(args).to(device)
+        for network in (system.student, system.teacher):
+            if args.compile and network:
+                network.backbone.compile()
         parameters = [p for p in system.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in parameters if DECAY[args.decay](p) == decayed])
                   for decayed in (True, False)]
@@ -688,9 +690,6 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     """The loop from step `start` to `stop` -> exit status; `row`: not yet logged at `start`."""
     (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
     device = next(system.parameters()).device
-    for network in (system.student, system.teacher):
-        if args.compile and network:
-            network.backbone.compile()
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
     log = Log(args.out_dir) if rank == 0 else None
@@ -758,7 +757,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
             saved = save(args, system, optimizer, step=done, skipped_steps=skipped)
         finish(args, sets, done, total, left_by, saved)
-    # 128 + signal: a scheduler restarts it; the same command continues
+    # 128 + signal tells a scheduler to start the same command again
     return 1 if not saved else 128 + left_by if left_by else 0
 
 
