@@ -272,7 +272,7 @@ def sample_order(count, start, stop, args, rank, world):
 
 def draw_masks(args, system, step, piece, weak, rank=0, world=1):
     """Masks of the G global views of this rank, bool (G·B, N): its part of the global batch's."""
-    def own(x):  # what was drawn for all ranks, (G·world·B, ..) -> (G·B, ..)
+    def own(x):  # this rank's part of a draw for all ranks: (G·world·B, ..) -> (G·B, ..)
         x = x.view(args.global_crops, world, -1, *x.shape[1:])
         return x[:, rank].flatten(0, 1)
 
@@ -490,15 +490,15 @@ class Log:
 
 # ---- evaluation and one step -------------------------------------------------------------------
 
-def report(args, system, sets, asked, log, row):
+def report(args, system, sets, signals, log, row):
     """Evaluate if that is due, and log. A run that is killed in here does this when resumed."""
     if row.pop("evaluating"):
-        row |= evaluate(args, system, sets, asked, controls=row["step"] == 0)
+        row |= evaluate(args, system, sets, signals, controls=row["step"] == 0)
     if log:
         log.write(row)
 
 
-def evaluate(args, system, sets, asked=(), controls=False):
+def evaluate(args, system, sets, signals=(), controls=False):
     """k-NN accuracy of frozen features, plain and centred, in percent, and their rank.
 
     `controls`: also what training has to beat, the untrained network and raw pixels.
@@ -510,8 +510,8 @@ def evaluate(args, system, sets, asked=(), controls=False):
 
     def alive():  # at every batch
         watch(args.timeout)
-        if asked:  # by a signal to stop: the state was saved before the evaluation
-            sys.exit(128 + max(asked))
+        if signals:  # by a signal to stop: the state was saved before the evaluation
+            sys.exit(128 + max(signals))
 
     def features(pool):
         return [extract_features(vit, data, args.image_size, pool, device, indices, args.workers,
@@ -609,20 +609,20 @@ def listen():
 
     A second one, more than a second after the first, ends the process at once.
     """
-    asked = {}
+    signals = {}
 
     def receive(number, _):
         now = time.monotonic()
-        if now > min(asked.values(), default=now) + 1:  # sooner: both torchrun and a terminal send
+        if now > min(signals.values(), default=now) + 1:  # sooner: both torchrun and a terminal send
             os._exit(128 + number)
-        asked.setdefault(number, now)
+        signals.setdefault(number, now)
 
     if threading.current_thread() is threading.main_thread():  # no other thread can listen
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks two of them
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, receive)  # nohup ignores SIGHUP
-    return asked
+    return signals
 
 
 # ---- one run, top to bottom --------------------------------------------------------------------
@@ -688,7 +688,7 @@ def main():
 
 def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     """The loop from step `start` to `stop` -> exit status; `row`: not yet logged at `start`."""
-    (rank, world), (train_set, test_set), asked = ranks(), sets, listen()
+    (rank, world), (train_set, test_set), signals = ranks(), sets, listen()
     device = next(system.parameters()).device
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
@@ -696,11 +696,11 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     if start == 0:
         row = dict(step=0, epoch=0.0, evaluating=test_set is not None)
     if row:
-        report(args, system, sets, asked, log, row)
+        report(args, system, sets, signals, log, row)
     batches = Prefetched(args, open_batches(args, train_set, start, stop, rank, world, device))
     bar = tqdm(initial=start * args.batch_size, total=stop * args.batch_size, unit="img",
                unit_scale=True, disable=None if rank == 0 else True)
-    done, in_a_row, left_by, saved = start, 0, 0, True
+    done, in_a_row, stopped_by, saved = start, 0, 0, True
     for step in range(start, stop):
         watch(args.timeout)
         if batches.error:  # the images cannot be read any more
@@ -736,41 +736,41 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         saving = evaluating or done % args.save_every == 0 or done == stop
         logging = saving or done == 1 or done % args.log_every == 0
         if logging or device.type == "cpu":  # a GPU would have to wait at every step
-            left_by = max(all_gather(max(asked, default=0)))
-        if logging or left_by:
+            stopped_by = max(all_gather(max(signals, default=0)))
+        if logging or stopped_by:
             row = dict(step=done, epoch=done * args.batch_size / len(train_set),
                        **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
                        weight_decay=decay, momentum=momentum, gradient_norm=norm,
                        **(panel(*points) if finite else {}), skipped_steps=skipped,
                        **batches.speed(), evaluating=evaluating)
             # saved before it is evaluated, which can take long; not while steps are being skipped
-            if rank == 0 and (saving and finite or left_by or done == stop):
+            if rank == 0 and (saving and finite or stopped_by or done == stop):
                 saved = save(args, system, optimizer, step=done, skipped_steps=skipped, row=row)
-            if not (left_by and evaluating):  # else the resumed run evaluates
-                report(args, system, sets, asked, log, row)
+            if not (stopped_by and evaluating):  # else the resumed run evaluates
+                report(args, system, sets, signals, log, row)
             batches.restart()
-        if left_by:
+        if stopped_by:
             break
     bar.close()
     if rank == 0:
         # the folder was deleted, or --resume began from a finished run in another folder
         if not os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
             saved = save(args, system, optimizer, step=done, skipped_steps=skipped)
-        finish(args, sets, done, total, left_by, saved)
+        finish(args, sets, done, total, stopped_by, saved)
     # 128 + signal tells a scheduler to start the same command again
-    return 1 if not saved else 128 + left_by if left_by else 0
+    return 1 if not saved else 128 + stopped_by if stopped_by else 0
 
 
-def finish(args, sets, done, total, left_by, saved):
+def finish(args, sets, done, total, stopped_by, saved):
     """The pictures of a run, and where everything is. What goes wrong here is only a warning."""
     try:
         analyze.curves(args.out_dir)
-        if not left_by:  # seconds count then
+        if not stopped_by:  # seconds count then
             analyze.masks(args.out_dir, args.data_path, args.teacher_checkpoint, sets)
     except Exception as error:
         warn(f"could not draw into {args.out_dir} ({type(error).__name__}: {error})")
     if saved:
-        print(f"{'stopped' if left_by else 'finished'} at step {done} of {total}: see "
+        print(f"{'stopped' if stopped_by else 'finished'} at step {done} of {total}: see "
               f"{args.out_dir}")
     else:
         print(f"step {done} of {total} is NOT saved: make room in {args.out_dir}, and the same "
