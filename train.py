@@ -416,7 +416,7 @@ def resume(args, system, optimizer):
 
 
 def open_folder(args, step):
-    """Create and lock --out-dir and write args.json; --resume none renames the files of old runs."""
+    """Create and lock --out-dir, write args.json; --resume none renames the files of an old run."""
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if fcntl:  # the lock is gone when this process is; its number stays open until then
@@ -613,7 +613,8 @@ def listen():
 
     def receive(number, _):
         now = time.monotonic()
-        if now > min(signals.values(), default=now) + 1:  # sooner: both torchrun and a terminal send
+        # within a second torchrun and the terminal may both send the same signal
+        if now > min(signals.values(), default=now) + 1:
             os._exit(128 + number)
         signals.setdefault(number, now)
 
