@@ -48,7 +48,7 @@ except ImportError:  # Windows
 
 # ---- options -----------------------------------------------------------------------------------
 
-# --decay: does weight decay act on a parameter? Tokens, positions: DINO, iBOT, MAE, dBOT; all: MoCo
+# --decay: which parameters decay? `tokens`, with positions, in DINO, iBOT, MAE, dBOT; `all` in MoCo
 DECAY = dict(matrices=lambda p: p.dim() in (2, 4), tokens=lambda p: p.dim() > 1, all=lambda p: True)
 
 def options():
@@ -149,7 +149,7 @@ def options():
 
 
 def parse(words=None):
-    """Options of a run: the command line's, else the recipe's, else the defaults of its system."""
+    """Options from the command line, else from the recipe, else the defaults of the loss."""
     parser = options()
     with parser.one_line_errors():
         recipe = RECIPES.get(parser.parse_args(words).recipe, {})
@@ -419,7 +419,7 @@ def open_folder(args, step):
     """Create and lock --out-dir, write args.json; --resume none renames the files of an old run."""
     try:
         os.makedirs(args.out_dir, exist_ok=True)
-        if fcntl:  # the lock is gone when this process is; its number stays open until then
+        if fcntl:  # the system drops this lock when the process ends, however that happens
             file = os.open(os.path.join(args.out_dir, "lock"), os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -427,7 +427,7 @@ def open_folder(args, step):
                 raise ValueError(f"--out-dir {args.out_dir} is in use by a running job: wait for "
                                  "its end, or choose another") from None
         if args.resume == "none" and not step:
-            for name in ("checkpoint.pt", "previous.pt", "log.jsonl"):  # nothing saved is lost
+            for name in ("checkpoint.pt", "previous.pt", "log.jsonl"):
                 path = os.path.join(args.out_dir, name)
                 free = (f"{path}.old{n or ''}" for n in itertools.count())
                 if os.path.exists(path):
@@ -441,7 +441,7 @@ def open_folder(args, step):
 
 
 def rounded(x):
-    """A float with six digits; None where it is not finite, for which JSON has no word."""
+    """A float with six digits; None if it is not finite, since JSON has neither NaN nor infinity."""
     if not isinstance(x, float):
         return x
     return float(f"{x:.6g}") if math.isfinite(x) else None
@@ -455,7 +455,7 @@ class Log:
         self.rows = analyze.read_json_lines(self.path) if os.path.exists(self.path) else []
 
     def write(self, row):
-        """Append a row. The first one, and one after a failure, are written with all before."""
+        """Append a row; the first time, and after a failure to write, write all rows anew."""
         self.rows = [old for old in self.rows if old.get("step", math.inf) < row["step"]]
         self.rows.append({name: rounded(x) for name, x in row.items()})
         new = self.rows[-1:] if self.in_file else self.rows
@@ -727,7 +727,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             if args.teacher == "ema":
                 ema_update(system.teacher, system.student, momentum)
             in_a_row = 0
-        else:  # as if the step had not been
+        else:  # the step leaves no trace but its count
             system.state, skipped, in_a_row = centers, skipped + 1, in_a_row + 1
             complain(args, len(train_set), step, stop, lr, in_a_row)
         optimizer.zero_grad()
@@ -744,10 +744,10 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
                        weight_decay=decay, momentum=momentum, gradient_norm=norm,
                        **(panel(*points) if finite else {}), skipped_steps=skipped,
                        **batches.speed(), evaluating=evaluating)
-            # saved before it is evaluated, which can take long; not while steps are being skipped
+            # save before the evaluation, which can take long, but not while steps are skipped
             if rank == 0 and (saving and finite or stopped_by or done == stop):
                 saved = save(args, system, optimizer, step=done, skipped_steps=skipped, row=row)
-            if not (stopped_by and evaluating):  # else the resumed run evaluates
+            if not (stopped_by and evaluating):  # then the resumed run evaluates
                 report(args, system, sets, signals, log, row)
             batches.restart()
         if stopped_by:
@@ -763,7 +763,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
 
 
 def finish(args, sets, done, total, stopped_by, saved):
-    """The pictures of a run, and where everything is. What goes wrong here is only a warning."""
+    """Draw the pictures and say where everything is; an error in a picture is only a warning."""
     try:
         analyze.curves(args.out_dir)
         if not stopped_by:  # seconds count then
