@@ -441,7 +441,7 @@ def open_folder(args, step):
 
 
 def rounded(x):
-    """A float with six digits; None if it is not finite, since JSON has neither NaN nor infinity."""
+    """A float with six digits; None if it is not finite, since JSON has no NaN."""
     if not isinstance(x, float):
         return x
     return float(f"{x:.6g}") if math.isfinite(x) else None
@@ -450,13 +450,14 @@ def rounded(x):
 class Log:
     """log.jsonl: one object per logged step, each step once, also after a resume."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, start):
         self.path, self.in_file = os.path.join(folder, "log.jsonl"), False
-        self.rows = analyze.read_json_lines(self.path) if os.path.exists(self.path) else []
+        rows = analyze.read_json_lines(self.path) if os.path.exists(self.path) else []
+        self.rows = [row for row in rows if row.get("step", math.inf) <= start]
 
     def write(self, row):
         """Append a row; the first time, and after a failure to write, write all rows anew."""
-        self.rows = [old for old in self.rows if old.get("step", math.inf) < row["step"]]
+        self.rows = [old for old in self.rows if old["step"] < row["step"]]
         self.rows.append({name: rounded(x) for name, x in row.items()})
         new = self.rows[-1:] if self.in_file else self.rows
         lines = [json.dumps(row).encode() + b"\n" for row in new]
@@ -693,7 +694,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
     device = next(system.parameters()).device
     network = nn.parallel.DistributedDataParallel(system) if world > 1 else system
     stage_length, every = math.ceil(total / args.stages), args.eval_every or math.ceil(stop / 10)
-    log = Log(args.out_dir) if rank == 0 else None
+    log = Log(args.out_dir, start) if rank == 0 else None
     if start == 0:
         row = dict(step=0, epoch=0.0, evaluating=test_set is not None)
     if row:
