@@ -221,7 +221,7 @@ def test_three_processes_measure_what_one_does(
 @pytest.mark.slow
 def test_the_slurm_lines_stop_after_usr1_to_one_and_come_back_exactly(
         base, undisturbed, start, tmp_path):
-    line = re.search(r"^srun bash -c '(.*?exec python train.py) ",
+    line = re.search(r"^srun .*bash -c '(.*?exec python train.py) ",
                      (ROOT / "README.md").read_text(), re.M)[1]
     options = *base, "--max-steps", STEPS, "--out-dir", tmp_path / "run"
     words = ["bash", "-c", " ".join(map(str, [line, *options]))]
