@@ -111,7 +111,7 @@ def options():
     add("--distance-weight", type=number(0), default=1.0, help="rkd: weight of distances")
     add("--distance-power", type=number(0), default=1.0, help="rkd: exponent of the teacher's")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: weight; Park et al.: 2")
-    add("--angle-vertices", type=positive, help="rkd: images with angles, at most; default: 256")
+    add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256 at most")
     add("--pull-weight", type=number(0), default=0.05, help="rkd: 0 with a given teacher")
     add("--patch-weight", type=number(0), default=0.0, help="rkd: of relations of patches")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
@@ -219,6 +219,10 @@ def refuse(args):
          f"--grad-accum), with at least {least} images per piece for {comparing}"),
         ("ibot" in terms and args.pool == "cls+mean",
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
+        (args.angle_vertices
+         and not world <= args.angle_vertices <= args.batch_size // args.grad_accum,
+         f"--angle-vertices {args.angle_vertices} must lie between the number of processes, {world}, "
+         f"and of images per piece, {args.batch_size // args.grad_accum}"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),

@@ -98,6 +98,7 @@ WRONG = {
         ("--global-crops 1", "--global-crops 1|set it to 2"),
         ("--loss dbot --teacher ema", "dbot|take --teacher frozen"),
         ("--distance-weight 0 --angle-weight 0", "--angle-weight 0|set one"),
+        ("--angle-vertices 17", "--angle-vertices 17|16"),
         ("--teacher-arch vit_tiny", "vit_tiny|--teacher-checkpoint"),
         ("--teacher-checkpoint {foreign}", "--teacher-checkpoint|{foreign}|--teacher-arch"),
         ("--teacher-checkpoint {tiny}", "--teacher-checkpoint|{tiny}|--patch-size 16"),
