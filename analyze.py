@@ -25,7 +25,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,10 +406,12 @@ def open_network(path, options, count):
 
     --arch is for files that do not say theirs, so that one picture can show own and foreign ones.
     """
-    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    said = read_file(file).get("args")
-    ours = isinstance(said, dict) and {"arch", "patch_size", "image_size"} <= set(said)
-    vit, own = open_backbone(file, None if ours else options.arch)
+    try:
+        vit, own = open_backbone(path)
+    except ValueError:
+        if not options.arch:
+            raise
+        vit, own = open_backbone(path, options.arch)
     network = SimpleNamespace(name=Path(path).name, vit=vit.eval(), size=own["image_size"],
                               pool=own.get("pool", "cls"))
     if count:
@@ -679,7 +680,6 @@ def main():
     add("--teacher-checkpoint", help="where the given teacher of a run is")
     add("--arch", choices=ARCHS, help="of weights that do not say theirs")
     options = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without → or ±
     folders, name, only = options.folder, options.figure, options.only
     place = folders[0] if os.path.isdir(folders[0]) else os.path.dirname(folders[0])
     out = options.out or os.path.join(place, f"{name}.png")
