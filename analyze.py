@@ -38,18 +38,28 @@ from eval_knn import Parser
 from losses import cka_loss, effective_rank, pairwise_distance
 from masking import MASKS
 from model import ARCHS, pool_tokens
-from objectives import OBJECTIVES, System, parse_loss
+from objectives import OBJECTIVES, System, defaults, parse_loss
 from randomness import generator
 from textures import FACTORS, textures
 from weights import open_backbone, read_file
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
 STYLES = ["-", "--", ":", "-."]
-# options that do not make another system, and those of rkd alone
+# terms of --loss -> what people call them, and their colour in every picture
+TERMS = dict(
+    rkd=("RKD", "tab:red"), cka=("CKA", "tab:pink"), ressl=("ReSSL", "tab:olive"),
+    feature=("features", "tab:gray"), simclr=("SimCLR", "black"), moco=("MoCo v3", "tab:green"),
+    byol=("BYOL", "tab:orange"), dino=("DINO", "tab:blue"), ibot=("iBOT", "tab:purple"),
+    beit=("BEiT", "tab:brown"), mae=("MAE", "tab:cyan"), simmim=("SimMIM", "gold"),
+    dbot=("dBOT", "navy"))
+# options that do not make another system, and those of rkd alone with their usual values
 NOT_THE_SYSTEM = set("recipe data_path data_fingerprint workers device compile out_dir resume "
                      "save_every log_every eval_every timeout seed".split())
-OF_RKD = set("distance_weight distance_power angle_weight angle_vertices pull_weight patch_weight "
-             "head".split())
+OF_RKD = dict(distance_weight=1.0, distance_power=1.0, angle_weight=2.0, angle_vertices=None,
+              pull_weight=0.05, patch_weight=0.0, head=0)
+# an option and its value -> what people say instead
+WORDS = {"distance weight 0.0": "angles only", "angle weight 0.0": "distances only",
+         "pull weight 0.0": "no pull", "head batchnorm True": "BatchNorm head"}
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
 MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
 A_RUN = "give the --out-dir of a finished run of train.py"
@@ -115,8 +125,8 @@ def read_runs(paths, only=("*",)):
                 runs.append(read_run(path))
                 continue
             first, *lines = read_json_lines(path)
-            defaults = first["defaults"]
-            runs += [SimpleNamespace(args=defaults | line.pop("options"), **line)
+            usual = first["defaults"]
+            runs += [SimpleNamespace(args=usual | line.pop("options"), **line)
                      for line in lines if any(fnmatch.fnmatch(line["name"], one) for one in only)]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as a run ({type(error).__name__}: {error}): "
@@ -133,16 +143,15 @@ def keep(runs, path):
     Options equal to the defaults in the first line of the file are left out. About 20 rows stay,
     and those with a k-NN evaluation.
     """
-    defaults = read_json_lines(path)[0]["defaults"]
+    usual = read_json_lines(path)[0]["defaults"]
     with open(path, "a") as file:
         for run in runs:
             *rows, last = run.rows
             every = math.ceil(len(run.rows) / 20)
             rows = [row for i, row in enumerate(rows) if i % every == 0 or "knn_top1" in row]
             options = {name: x for name, x in run.args.items()
-                       if name != "out_dir" and (name not in defaults or x != defaults[name])}
-            line = dict(name=run.name, options=options, measured=run.measured,
-                        rows=[*rows, last])
+                       if name != "out_dir" and (name not in usual or x != usual[name])}
+            line = dict(name=run.name, options=options, measured=run.measured, rows=[*rows, last])
             file.write(json.dumps(line) + "\n")
 
 
@@ -163,31 +172,65 @@ def by_data_set(runs):
 
 def system_of(run):
     """The options that make a run what it is; those of rkd only where it is in the sum."""
-    other = set() if "rkd" in parse_loss(run.args["loss"]) else OF_RKD
-    return {name: x for name, x in run.args.items() if name not in NOT_THE_SYSTEM | other}
+    rkd = "rkd" in parse_loss(run.args["loss"])
+    return {name: x for name, x in run.args.items()
+            if name not in NOT_THE_SYSTEM and (rkd or name not in OF_RKD)}
+
+
+def name_of(run, others=()):
+    """What people call a run: `DINO + RKD (weight 5)`, `RKD, unmasked, all distances equal`.
+
+    Its loss; its mask, unless that is the published one; options of rkd that are not the usual
+    ones; other options, unless most of the runs `others` with this loss have the same value.
+    """
+    if "loss" not in run.args:  # foreign weights
+        return run.name
+    if run.args.get("lr") == 0:
+        return "untrained"
+    options = system_of(run)
+    loss, ratio = options.pop("loss"), options.pop("mask_ratio")
+    said = [" + ".join(TERMS.get(term, [term])[0] + f" (weight {weight:g})" * (weight != 1)
+                       for term, weight in parse_loss(loss).items())]
+    if ratio != defaults(loss).get("mask_ratio"):
+        share = "" if ratio == 0.75 else f"{100 * ratio:g} % "
+        said.append(f"{share}masked" if ratio else "unmasked")
+    if (options.get("distance_power"), options.get("angle_weight")) == (0, 0):
+        said.append("all distances equal")
+        del options["distance_power"], options["angle_weight"]
+    everyone = [other.args for other in others or [run]]
+    same = [args for args in everyone if args.get("loss") == loss]
+    for option, value in options.items():
+        values, all_values = ([args.get(option) for args in some] for some in (same, everyone))
+        usual = max(values, key=lambda x: (not x, values.count(x), all_values.count(x)))
+        if value != OF_RKD.get(option, usual):
+            text = f"{option.replace('_', ' ')} {value}"
+            said.append(WORDS.get(text, text.removesuffix(" True")))
+    return ", ".join(said)
+
+
+def names_of(runs):
+    """The names of runs beside each other; those that would be alike have their folder's too."""
+    names = [name_of(run, runs) for run in runs]
+    return [f"{name} ({run.name})" if names.count(name) > 1 else name
+            for name, run in zip(names, runs)]
+
+
+def color_of(run):
+    """One colour for all runs whose loss begins with the same term; None of foreign weights."""
+    if "loss" not in run.args:
+        return None
+    first = next(iter(parse_loss(run.args["loss"])))
+    return "0.6" if run.args.get("lr") == 0 else TERMS.get(first, [first, "tab:gray"])[1]
 
 
 def grouped(runs):
-    """Runs that differ by their seeds alone, together: {label: [run, ..]}.
-
-    A label is the loss and each option that another run of this loss has otherwise; an option of
-    rkd is compared among all runs with rkd.
-    """
-    sets, groups, labelled = sorted(by_data_set(runs)), {}, {}
+    """Runs that differ by their seeds alone, together: {their name: [run, ..]}."""
+    sets, groups = sorted(by_data_set(runs)), {}
     if len(sets) > 1:
         raise ValueError(f"these runs are of different data sets, {sets}: one at a time")
     for run in runs:
         groups.setdefault(json.dumps(system_of(run), sort_keys=True), []).append(run)
-    systems = [json.loads(key) for key in groups]
-    for system, members in zip(systems, groups.values()):
-        label = system["loss"]
-        for name, x in system.items():
-            others = [other for other in systems if (name in other if name in OF_RKD
-                                                     else other["loss"] == system["loss"])]
-            if any(other.get(name) != x for other in others):
-                label += f", {name} {x}"
-        labelled[label] = members
-    return labelled
+    return dict(zip(names_of([members[0] for members in groups.values()]), groups.values()))
 
 
 def deviation(values):
@@ -212,17 +255,19 @@ def plus_minus(values, digits=1, sign=""):
     return f"{statistics.mean(values):{sign}.{digits}f}{around}"
 
 
-def difference(values):
-    """mean ± standard deviation of paired differences, as Markdown.
+def interval(values, student=T_95):
+    """(mean, half of its 95 % interval): Student's t · deviation / √n. NaN of too few values."""
+    n = len(values)
+    if n < 2:
+        return sum(values) / n if n else math.nan, math.nan
+    t = student[min(n - 1, len(student)) - 1]
+    return statistics.mean(values), t * deviation(values) / n ** 0.5
 
-    Bold where the 95 % interval of the mean, mean ± t · deviation / √n, leaves out zero.
-    """
-    n, text = len(values), plus_minus(values, sign="+")
-    if n > 1:
-        half = T_95[min(n - 1, len(T_95)) - 1] * deviation(values) / math.sqrt(n)
-        if abs(statistics.mean(values)) > half:
-            return f"**{text}**"
-    return text
+
+def difference(values):
+    """mean ± standard deviation as Markdown, bold where the 95 % interval leaves out zero."""
+    text, (mean, half) = plus_minus(values, sign="+"), interval(values)
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def draw_curve(place, runs, column, style, label, color=None, relative=False):
@@ -308,23 +353,23 @@ def table(folders, only=("*",)):
         first = cell(runs, "effective_rank", 0, first=True)
         cells["effective rank"] = f"{first} → {cells['effective rank']}"
         mask = f"{args['mask']}, {args['mask_ratio']:.0%}" if args["mask_ratio"] else "none"
-        rows.append([f"`{label}`", mask, *cells.values(), str(len(runs))])
+        rows.append([label, mask, *cells.values(), str(len(runs))])
     return markdown(["run", "mask", *columns, "n"], rows)
 
 
 def without_rkd(groups):
-    """{label of a sum with rkd: label of its rest}, where both ran, all options alike but rkd's."""
-    def key(label, terms):
-        options = {name: x for name, x in system_of(groups[label][0]).items()
-                   if name not in OF_RKD}
+    """{name of a sum with rkd: name of its rest}, where both ran, all options alike but rkd's."""
+    def key(run, terms):
+        options = {name: x for name, x in system_of(run).items() if name not in OF_RKD}
         return json.dumps(options | dict(loss=terms), sort_keys=True)
 
-    terms = {label: parse_loss(runs[0].args["loss"]) for label, runs in groups.items()}
-    labels, found = {key(label, own): label for label, own in terms.items()}, {}
-    for label, own in terms.items():
-        rest = {name: weight for name, weight in own.items() if name != "rkd"}
-        if "rkd" in own and key(label, rest) in labels:
-            found[label] = labels[key(label, rest)]
+    alone, found = {}, {}
+    for name, [run, *_] in groups.items():
+        alone[key(run, parse_loss(run.args["loss"]))] = name
+    for name, [run, *_] in groups.items():
+        terms = parse_loss(run.args["loss"])
+        if terms.pop("rkd", None) and key(run, terms) in alone:
+            found[name] = alone[key(run, terms)]
     return found
 
 
@@ -352,7 +397,7 @@ def pairs(folders, out, only=("*",)):
                     if run.args["seed"] in alone]
             each = [[a[measure] - b[measure] for a, b in both if measure in a and measure in b]
                     for measure in MEASURES]
-            rows.append([name, f"`{label}` less `{base}`", *map(difference, each),
+            rows.append([name, f"{label} − {base}", *map(difference, each),
                          str(max(map(len, each)))])
     for place, measure in zip(axes[0], MEASURES.values()):
         place.set_title(measure)

@@ -68,7 +68,7 @@ def test_the_table_has_mean_and_deviation_of_the_evaluations_else_of_the_logs_la
     (runs[0] / "evals.jsonl").write_bytes(b"\xff\n   k   held out\n  20     51.00\n12\n"
                                           + (runs[0] / "evals.jsonl").read_bytes())
     found, other = rows_of(runs)
-    assert found["run"] == "`rkd`" and found["n"] == "2" and found["mask"] == "random, 75%"
+    assert found["run"] == "RKD, masked" and found["n"] == "2" and found["mask"] == "random, 75%"
     assert found["k-NN, %"] == "54.0 ± 4.2" and found["linear, %"] == "62.0 ± 2.8"
     assert found["centred, %"] == "2.0" and found["whitened, %"] == "3.0"
     assert found["effective rank"] == "30 → 34"
@@ -76,13 +76,42 @@ def test_the_table_has_mean_and_deviation_of_the_evaluations_else_of_the_logs_la
     assert other["k-NN, %"] == "45.0" and other["linear, %"] == "" and other["mask"] == "none"
 
 
-def test_what_differs_among_runs_is_in_their_names_but_an_option_of_rkd_not_without_rkd(tmp_path):
-    runs = [write_run(tmp_path, mask_ratio=0.5), write_run(tmp_path, pull_weight=0.0),
-            write_run(tmp_path, seed=1), write_run(tmp_path, loss="rkd"),
-            write_run(tmp_path, loss="rkd", pull_weight=0.0)]
+@pytest.mark.parametrize("options, name", [
+    (dict(loss="rkd"), "RKD, masked"),
+    (dict(loss="rkd", mask_ratio=0.0), "RKD, unmasked"),
+    (dict(loss="rkd", mask_ratio=0.5), "RKD, 50 % masked"),
+    (dict(loss="rkd", mask_ratio=0.0, distance_power=0.0, angle_weight=0.0),
+     "RKD, unmasked, all distances equal"),
+    (dict(loss="rkd", distance_power=0.0), "RKD, masked, distance power 0.0"),
+    (dict(loss="rkd", angle_weight=0.0, pull_weight=0.2),
+     "RKD, masked, pull weight 0.2, distances only"),
+    (dict(loss="dino", mask_ratio=0.0, pull_weight=0.0), "DINO"),
+    (dict(loss="dino+5*rkd", mask_ratio=0.0), "DINO + RKD (weight 5)"),
+    (dict(loss="0.5*moco+rkd", mask_ratio=0.0, pull_weight=0.0),
+     "MoCo v3 (weight 0.5) + RKD, no pull"),
+    (dict(loss="mae"), "MAE"),
+    (dict(loss="rkd", lr=0.0), "untrained")])
+def test_a_run_is_named_by_its_loss_its_mask_and_its_unusual_options(options, name, tmp_path):
+    [run] = analyze.read_runs([write_run(tmp_path, **options)])
+    assert analyze.name_of(run) == name
+
+
+def test_of_other_options_those_are_named_that_fewer_runs_of_the_loss_have(tmp_path):
+    runs = [write_run(tmp_path, mask_ratio=0.0, image_size=64, lr=0.1),
+            *(write_run(tmp_path, mask_ratio=0.0, image_size=32, lr=lr) for lr in (0.1, 0.1, 0.2)),
+            write_run(tmp_path, loss="rkd", image_size=64, weak_teacher=True),
+            write_run(tmp_path, loss="rkd", image_size=64)]
     assert [(row["run"], row["n"]) for row in rows_of(runs)] == [
-        ("`dino, mask_ratio 0.5`", "1"), ("`dino, mask_ratio 0.75`", "2"),
-        ("`rkd, pull_weight 0.05`", "1"), ("`rkd, pull_weight 0.0`", "1")]
+        ("DINO, image size 64", "1"), ("DINO", "2"), ("DINO, lr 0.2", "1"),
+        ("RKD, masked, weak teacher", "1"), ("RKD, masked", "1")]
+
+
+def test_names_that_would_be_alike_have_the_folder_and_one_colour(tmp_path):
+    runs = analyze.read_runs([write_run(tmp_path, loss=loss, mask_ratio=0.0)
+                              for loss in ("dino", "dino", "dino+rkd", "moco")])
+    assert analyze.names_of(runs) == ["DINO (run0)", "DINO (run1)", "DINO + RKD", "MoCo v3"]
+    first, *others, moco = map(analyze.color_of, runs)
+    assert {first} == {*others} != {moco}
 
 
 def test_curves_take_mean_and_deviation_of_the_steps_that_all_seeds_have(tmp_path):
@@ -95,7 +124,7 @@ def test_curves_take_mean_and_deviation_of_the_steps_that_all_seeds_have(tmp_pat
 def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
     def run(loss, seed, knn, white, linear, **options):
         return write_run(tmp_path, (), [dict(knn_top1=knn), dict(knn_top1=white, whiten=0.75),
-                                        dict(linear_top1=linear)], loss=loss, seed=seed, **options)
+                                        dict(linear_top1=linear)], loss=loss, seed=seed, **(dict(mask_ratio=0.0) | options))
 
     cifar = dict(data="folder", data_path="some/cifar10/")
     runs = [run("dino", 0, 40.0, 48.0, 45.0), run("dino", 1, 42.0, 47.0, 44.0),
@@ -105,7 +134,7 @@ def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
             run("moco+rkd", 0, 50.0, 51.0, 48.0), run("dino+5*rkd", 2, 9.0, 9.0, 9.0, lr=0.5),
             run("dino", 0, 30.0, 1.0, 1.0, **cifar), run("dino+5*rkd", 0, 33.0, 1.0, 1.0, **cifar)]
     *_, first, second = analyze.pairs(runs, tmp_path / "p.png").splitlines()
-    assert cells(first)[0] == "textures" and "less `dino`" in cells(first)[1]
+    assert cells(first)[:2] == ["textures", "DINO + RKD (weight 5), no pull − DINO"]
     assert cells(first)[2:] == ["+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
     assert cells(second)[::2] == ["cifar10", "+3.0", "+0.0"] and cells(second)[-1] == "1"
     assert (tmp_path / "p.png").stat().st_size > 5000
@@ -227,10 +256,10 @@ def test_curves_without_a_test_set_name_all_groups(tmp_path, monkeypatch):
                         lambda figure, lines, labels, **_: legends.extend(labels))
     runs = [write_run(tmp_path, loss=loss) for loss in ("dino", "rkd")]
     for run in runs:
-        (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+        (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0, "effective_rank": 9.0}\n')
         analyze.curves(run)
     analyze.curves(runs)
-    assert legends == ["dino (n = 1)", "rkd (n = 1)"]
+    assert legends == ["DINO, masked (n = 1)", "RKD, masked (n = 1)"]
 
 
 def test_a_table_is_printed_by_a_terminal_that_lacks_its_characters(tmp_path, monkeypatch):
