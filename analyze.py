@@ -1,14 +1,14 @@
 """Every picture and table, one sub-command each, from the folders of runs or from the study.
 
-    python analyze.py curves RUN ..       k-NN, losses, rank; of several runs mean and spread
+    python analyze.py curves RUN ..       k-NN, losses, rank; of several runs means without losses
     python analyze.py table RUN ..        Markdown, the seeds of one configuration in one row
-    python analyze.py pairs RUN ..        each system alone and with relations, by three measures
+    python analyze.py pairs RUN ..        each system alone and with rkd, and the differences
     python analyze.py keep RUN ..         one line per run, to append to study/runs.jsonl
     python analyze.py masks RUN           the views of both networks, their distances of test images
-    python analyze.py relations RUN ..    distances and angles of teacher and student
+    python analyze.py relations RUN ..    distances and angles of the student over its teacher's
     python analyze.py attention C ..      where the CLS of the last block looks
     python analyze.py pca C ..            first three principal components of the patch tokens
-    python analyze.py factors C ..        linear R² of each factor of the textures, block by block
+    python analyze.py factors C ..        what of a texture a linear map reads, block by block
     python analyze.py similarity C ..     CKA (Kornblith et al. 2019) of all blocks with all others
     python analyze.py spectrum C ..       singular values, effective rank, distances of images
 
@@ -44,7 +44,7 @@ from textures import FACTORS, textures
 from weights import open_backbone, read_file
 
 PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
-STYLES = ["-", "--", ":", "-."]
+STYLES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3))]  # of lines, also in grey
 # terms of --loss -> what people call them, and their colour in every picture
 TERMS = dict(
     rkd=("RKD", "tab:red"), cka=("CKA", "tab:pink"), ressl=("ReSSL", "tab:olive"),
@@ -61,24 +61,24 @@ OF_RKD = dict(distance_weight=1.0, distance_power=1.0, angle_weight=2.0, angle_v
 WORDS = {"distance weight 0.0": "angles only", "angle weight 0.0": "distances only",
          "pull weight 0.0": "no pull", "head batchnorm True": "BatchNorm head"}
 T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
-MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="k-NN, whitened", linear_top1="linear probe")
+MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="whitened k-NN", linear_top1="linear probe")
 A_RUN = "give the --out-dir of a finished run of train.py"
 
 
-def new_figure(rows, columns, width, height, **options):
-    """(figure, axes [row][column]), in inches. Imported here: training needs no matplotlib."""
+def new_figure(rows, columns, height, width=8, **options):
+    """(figure, axes [row][column]), in inches; of 8 inches a page shows about 800 pixels.
+
+    matplotlib is imported here: training needs none.
+    """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    matplotlib.rcParams.update(
+        {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10, "legend.fontsize": 8})
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def add_legends(axes):
-    for place in axes:
-        if place.lines:
-            place.legend(fontsize=8)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -270,55 +270,55 @@ def difference(values):
     return f"**{text}**" if abs(mean) > half else text
 
 
-def draw_curve(place, runs, column, style, label, color=None, relative=False):
+def draw_curve(place, runs, column, **look):
     """The mean of a logged column over seeds, their standard deviation as a band around it."""
     steps, mean, spread = map(torch.tensor, over_seeds(runs, column))
     if not len(steps):  # a run without a test set has no k-NN
         return
-    if relative:
-        mean, spread = mean / mean[0], spread / mean[0]
-    [line] = place.plot(steps, mean, style, label=label, color=color)
+    [line] = place.plot(steps, mean, **look)
     place.fill_between(steps, mean - spread, mean + spread, alpha=0.2, color=line.get_color())
 
 
 def draw_run(run, knn, loss, rank):
     """One run: k-NN beside its two controls, each term of the loss, the rank of two sets."""
-    draw_curve(knn, [run], "knn_top1", "o-",
-               "EMA teacher" if run.args["teacher"] == "ema" else "student")
+    draw_curve(knn, [run], "knn_top1", marker="o", color=color_of(run),
+               label="EMA teacher" if run.args["teacher"] == "ema" else "student")
     for name, style in (("raw_pixels", "--"), ("untrained", ":")):
         if f"{name}_knn_top1" in run.rows[0]:
             knn.axhline(run.rows[0][f"{name}_knn_top1"], ls=style, color="0.4",
                         label=name.replace("_", " "))
     terms = [name for name in [*OBJECTIVES, *PARTS] if any(name in row for row in run.rows)]
     for name, style in zip(terms, itertools.cycle(STYLES)):
-        draw_curve(loss, [run], name, style, name)
-    draw_curve(rank, [run], "effective_rank", "-", "of a batch")
-    draw_curve(rank, [run], "test_effective_rank", "o--", "of the test images")
-    loss.set(title="losses", ylabel="loss")
-    add_legends([knn, loss, rank])
+        draw_curve(loss, [run], name, ls=style, label=TERMS.get(name, [name.replace("_", " ")])[0])
+    draw_curve(rank, [run], "effective_rank", color="black", label="of a batch")
+    draw_curve(rank, [run], "test_effective_rank", color="0.5", marker="o", ls="--",
+               label="of the test images")
+    loss.set(title="losses", ylabel="loss", yscale="log")
+    for place in (knn, loss, rank):
+        if place.lines:
+            place.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def curves(folders, out=None, only=("*",)):
     """curves.png from log.jsonl and args.json: of one run with its loss terms, or of several."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     runs = read_runs(folders, only)
-    figure, axes = new_figure(1, 3, 12, 4)
-    knn, loss, rank = axes[0]
     if len(runs) == 1:
+        figure, axes = new_figure(1, 3, 3.6)
+        knn, loss, rank = axes[0]
         draw_run(runs[0], knn, loss, rank)
+        figure.suptitle(name_of(runs[0]))
     else:
-        for i, (label, members) in enumerate(grouped(runs).items()):
-            look = STYLES[i % len(STYLES)], f"{label} (n = {len(members)})", f"C{i}"
-            draw_curve(knn, members, "knn_top1", *look)
-            draw_curve(loss, members, "loss", *look, relative=True)
-            draw_curve(rank, members, "effective_rank", *look)
-        loss.set(title="loss", ylabel="loss / its first value")
-        figure.suptitle("mean ± standard deviation over seeds", fontsize=10)
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                      fontsize=8)
-    knn.set(title="k-NN", ylabel="accuracy, %")
-    loss.set_yscale("log")
-    rank.set(title="effective rank (1: collapsed)", ylabel="effective rank", ylim=(0, None))
+        figure, axes = new_figure(1, 2, 4)
+        knn, rank = axes[0]
+        for (label, members), style in zip(grouped(runs).items(), itertools.cycle(STYLES)):
+            look = dict(ls=style, color=color_of(members[0]), label=f"{label} (n = {len(members)})")
+            draw_curve(knn, members, "knn_top1", **look)
+            draw_curve(rank, members, "effective_rank", **look)
+        figure.suptitle("mean ± standard deviation over n seeds")
+        figure.legend(*rank.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    knn.set(title="k-NN accuracy while training", ylabel="accuracy, %")
+    rank.set(title="effective rank (1: collapsed)", ylabel="dimensions", ylim=(0, None))
     for place in axes[0]:
         place.set_xlabel("step")
     figure.savefig(out or os.path.join(folders[0], "curves.png"))
@@ -373,56 +373,65 @@ def without_rkd(groups):
     return found
 
 
+def paired(runs, alone, measure):
+    """The differences of a measure between `runs` and those of the same seed in `alone`."""
+    base = {run.args["seed"]: run.measured[measure] for run in alone if measure in run.measured}
+    return [run.measured[measure] - base[run.args["seed"]] for run in runs
+            if measure in run.measured and run.args["seed"] in base]
+
+
 def pairs(folders, out, only=("*",)):
     """pairs.png: each system alone and with relations -> Markdown of the differences by seed.
 
     From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe. A row of
-    panels for each data set. Bold differences are those whose 95 % interval leaves out zero.
+    panels for each data set: three of accuracies, three of differences paired by seed. Bold
+    differences are those whose 95 % interval leaves out zero.
     """
     sets = {name: grouped(runs) for name, runs in by_data_set(read_runs(folders, only)).items()}
     bases = {name: without_rkd(groups) for name, groups in sets.items()}
     if not any(bases.values()):
         raise ValueError("no two of these runs are X and X+W*rkd with all other options alike: "
                          "add the run that is missing")
-    heights = [len(groups) - len(bases[name]) for name, groups in sets.items()]
-    figure, axes = new_figure(len(sets), 3, 12, 0.6 + 0.34 * sum(heights) + 0.6 * len(sets),
-                              height_ratios=heights, sharex="row", sharey="row")
-    rows = []
-    for row, (name, groups) in zip(axes, sets.items()):
-        draw_pairs(row, groups, bases[name])
-        row[0].set_ylabel(name)
-        for label, base in bases[name].items():
-            alone = {run.args["seed"]: run.measured for run in groups[base]}
-            both = [(run.measured, alone[run.args["seed"]]) for run in groups[label]
-                    if run.args["seed"] in alone]
-            each = [[a[measure] - b[measure] for a, b in both if measure in a and measure in b]
-                    for measure in MEASURES]
-            rows.append([name, f"{label} − {base}", *map(difference, each),
-                         str(max(map(len, each)))])
-    for place, measure in zip(axes[0], MEASURES.values()):
-        place.set_title(measure)
-    for place in axes[-1]:
-        place.set_xlabel("accuracy, %")
-    figure.suptitle("hollow: alone, filled: with rkd (mean ± standard deviation over seeds)",
-                    fontsize=10)
+    heights = [len(groups) for groups in sets.values()]
+    figure, axes = new_figure(len(sets), 6, 1 + 0.2 * sum(heights) + 0.3 * len(sets),
+                              height_ratios=heights, sharey="row")
+    rows, above = [], dict.fromkeys(MEASURES.values(), 0)
+    for places, (data, groups) in zip(axes, sets.items()):
+        for i, place in enumerate(places):
+            place.sharex(places[i // 3 * 3])
+            place.grid(axis="x", color="0.9")
+            if i >= 3:
+                place.axvline(0, color="black", lw=1)
+        names = [name for alone in groups if alone not in bases[data]
+                 for name in (alone, *(both for both in groups if bases[data].get(both) == alone))]
+        for y, name in enumerate(names):
+            runs, base = groups[name], bases[data].get(name)
+            measured = [[run.measured[measure] for run in runs if measure in run.measured]
+                        for measure in MEASURES]
+            points = [(interval(values)[0], deviation(values)) for values in measured]
+            if base:
+                changes = [paired(runs, groups[base], measure) for measure in MEASURES]
+                points += map(interval, changes)
+                rows.append([data, f"{name} − {base}", *map(difference, changes),
+                             str(max(map(len, changes)))])
+                for measure, (mean, half) in zip(above, points[3:]):
+                    above[measure] += mean > half
+            color = color_of(runs[0])
+            for place, (mean, half) in zip(places, points):
+                place.errorbar(mean, y, xerr=half, fmt="o", ms=4, capsize=2, color=color,
+                               markerfacecolor=color if base else "white")
+        places[0].set_yticks(range(len(names)), names)
+        places[0].set(ylim=(len(names) - 0.5, -0.5), ylabel=data)
+    for accuracy, change, measure in zip(axes[0], axes[0][3:], above):
+        accuracy.set_title(measure.replace(" ", "\n"))
+        change.set_title("change:\n" + measure.replace(" ", "\n"))
+    axes[-1][1].set_xlabel("accuracy, % ± standard deviation")
+    axes[-1][4].set_xlabel("change by RKD, points, with its 95 % interval")
+    found = ", ".join(f"{measure} in {count}" for measure, count in above.items())
+    figure.suptitle(f"RKD added (filled dots) raises, of {len(rows)} pairs: {found}\n"
+                    "(those whose 95 % interval lies above zero)")
     figure.savefig(out)
-    return markdown(["images", "pair", *MEASURES.values(), "n"], rows)
-
-
-def draw_pairs(axes, groups, bases):
-    """The three panels of one data set; `bases` = {label of a sum: label of it without rkd}."""
-    alone = [label for label in groups if label not in bases]
-    for measure, place in zip(MEASURES, axes):
-        place.grid(axis="x", color="0.9")
-        for label, runs in groups.items():
-            values = [run.measured[measure] for run in runs if measure in run.measured]
-            y = alone.index(bases.get(label, label)) + 0.3 * (label in bases)
-            if values:
-                place.errorbar(statistics.mean(values), y, xerr=deviation(values), fmt="o",
-                               markerfacecolor="black" if label in bases else "white",
-                               color="black", capsize=2)
-    axes[0].set_yticks(range(len(alone)), alone)
-    axes[0].set_ylim(len(alone) - 0.3, -0.5)
+    return markdown(["images", "pair", *above, "n"], rows)
 
 
 # ---- networks and images -------------------------------------------------------------------------
@@ -446,23 +455,28 @@ def open_run(folder, data_path=None, teacher_checkpoint=None, sets=None):
     return args, system, sets or open_sets(args.data, data_path, args.image_size)
 
 
-def open_network(path, options, count):
-    """A backbone with its name, and `count` images of the set that it was trained on, or --data.
+def open_networks(paths, options, count):
+    """Backbones with their names, and `count` images of what each was trained on, or of --data.
 
     --arch is for files that do not say theirs, so that one picture can show own and foreign ones.
     """
-    try:
-        vit, own = open_backbone(path)
-    except ValueError:
-        if not options.arch:
-            raise
-        vit, own = open_backbone(path, options.arch)
-    network = SimpleNamespace(name=Path(path).name, vit=vit.eval(), size=own["image_size"],
-                              pool=own.get("pool", "cls"))
-    if count:
-        sets = open_sets(options.data or own.get("data"), options.data_path, network.size)
-        network.images = test_images(sets, network.size, count)
-    return network
+    networks = []
+    for path in paths:
+        try:
+            vit, own = open_backbone(path)
+        except ValueError:
+            if not options.arch:
+                raise
+            vit, own = open_backbone(path, options.arch)
+        network = SimpleNamespace(name=Path(path).name, args=own, vit=vit.eval(),
+                                  size=own["image_size"], pool=own.get("pool", "cls"))
+        if count:
+            sets = open_sets(options.data or own.get("data"), options.data_path, network.size)
+            network.images = test_images(sets, network.size, count)
+        networks.append(network)
+    for network, network.title in zip(networks, names_of(networks)):
+        network.color = color_of(network)
+    return networks
 
 
 def open_sets(data, path, size):
@@ -499,22 +513,13 @@ def block_features(network, images):
     return [torch.cat(x) for x in zip(*parts)]
 
 
-def draw_distances(place, points, title):
-    """Distances of points (N, D) as grey levels, from their 2 % to their 98 %."""
-    distances = pairwise_distance(points)
-    apart = distances[distances > 0]
-    low, high = apart.quantile(torch.tensor([0.02, 0.98])) if len(apart) else (0, 1)
-    place.imshow(distances, cmap="gray", vmin=low, vmax=high)
-    place.set(title=title, xlabel="images, by class", xticks=[], yticks=[])
-
-
 def draw_numbers(place, values, rows, columns):
     """A matrix of numbers between 0 and 1, as grey levels and as text."""
-    place.imshow(values, cmap="gray", vmin=0, vmax=1, aspect="auto")
+    place.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
             place.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                       color="black" if value > 0.5 else "white")
+                       color="black" if value < 0.5 else "white")
     place.set_yticks(range(len(rows)), rows)
     place.set_xticks(range(len(columns)), columns)
 
@@ -527,30 +532,34 @@ def masks(folder, data_path=None, teacher_checkpoint=None, sets=None, out=None):
     """
     args, system, sets = open_run(folder, data_path, teacher_checkpoint, sets)
     student, whole = system.student.backbone, (system.teacher or system.student).backbone
-    name = "teacher" if system.teacher else "student, nothing hidden"
-
-    def hide(count, key):
-        sampler = MASKS.get(args.mask, MASKS["random"])  # attention: drawn at random here
-        return sampler(count, student.grid, args.mask_ratio, generator(args.seed, 4, key))
-
-    shown = torch.arange(min(6, len(sets[0])))
-    _, weak, strong = next(train_batches(
-        sets[0], [(0, shown)], [(args.image_size, args.crop_scale)] * 2, args.seed,
-        torch.device("cpu"), jitter=args.jitter, hue=args.hue))
-    hidden = hide(len(shown), 0).view(-1, 1, *student.grid).float()
-    hidden = F.interpolate(hidden, args.image_size) > 0
-    above = pixels((weak if args.weak_teacher else strong)[1])
-    below = torch.where(hidden, 0.6, pixels(strong[0]))
-    figure, axes = new_figure(1, 3, 12, 3.4, width_ratios=[2, 1, 1])
-    views, left, right = axes[0]
-    grid = make_grid(torch.cat([above, below]), nrow=len(shown), padding=1, pad_value=1)
-    views.imshow(grid.permute(1, 2, 0))
-    views.set(title=f"above: {name}; below: student, another view", xticks=[], yticks=[])
-
     images = test_images(sets, args.image_size, 80)
-    draw_distances(left, pool_tokens(whole(images), args.pool), f"distances, {name}")
-    tokens = student(images, hide(len(images), 1), drop=args.hide == "drop")
-    draw_distances(right, pool_tokens(tokens, args.pool), "distances, student, masked")
+    sampler = MASKS.get(args.mask, MASKS["random"])  # attention: drawn at random here
+    mask = sampler(len(images), student.grid, args.mask_ratio, generator(args.seed, 4))
+    shown = torch.arange(min(3, len(images), len(sets[0])))
+    _, weak, strong = next(train_batches(
+        sets[0], [(1, shown)], [(args.image_size, args.crop_scale)] * 2, args.seed,
+        torch.device("cpu"), jitter=args.jitter, hue=args.hue))
+    hidden = F.interpolate(mask[shown].view(-1, 1, *student.grid).float(), args.image_size) > 0
+    views = (pixels((weak if args.weak_teacher else strong)[1]),
+             torch.where(hidden, 0.8, pixels(strong[0])))
+    points = whole(images), student(images, mask, drop=args.hide == "drop")
+
+    figure, axes = new_figure(2, 2, 4.7, width_ratios=[2.1, 1])
+    for (left, right), x, tokens in zip(axes, views, points):
+        left.imshow(make_grid(x, padding=1, pad_value=1).permute(1, 2, 0))
+        left.axis("off")
+        distances = pairwise_distance(pool_tokens(tokens, args.pool))
+        apart = distances[distances > 0]
+        low, high = apart.quantile(torch.tensor([0.02, 0.98])) if len(apart) else (0, 1)
+        right.imshow(distances, cmap="gray", vmin=low, vmax=high)
+        right.set(xticks=[], yticks=[])
+        right.set_ylabel("→", rotation=0, fontsize=24, labelpad=16, va="center")
+    axes[0][0].set_title(f"{'teacher' if system.teacher else 'student'}: the whole view")
+    axes[1][0].set_title(f"student: another view, {100 * args.mask_ratio:g} % hidden")
+    axes[0][1].set_title(f"distances between {len(images)} images")
+    compared = "RKD makes them alike" if "rkd" in system.terms else "compare"
+    axes[0][1].set_xlabel(f"⇕ {compared} ⇕", fontsize=11, labelpad=8)
+    axes[1][1].set_xlabel("images, by class")
     figure.savefig(out or os.path.join(folder, "masks.png"))
 
 
@@ -562,23 +571,18 @@ def angles(x):
 
 
 def relations(folders, options):
-    """relations.png: of each run, distances of teacher and student by class, and their angles."""
-    figure, axes = new_figure(len(folders), 4, 12, 3.2 * len(folders))
+    """relations.png: of each run, the student's distances and angles over those of its teacher."""
+    figure, axes = new_figure(len(folders), 2, 3.6 * len(folders))
     for row, folder in zip(axes, folders):
         args, system, sets = open_run(folder, options.data_path, options.teacher_checkpoint)
-        images, distances = test_images(sets, args.image_size, 80), []
-        for place, name in zip(row, ("student", "teacher") if system.teacher else ("student",)):
-            points = pool_tokens(getattr(system, name).backbone(images), args.pool)
-            draw_distances(place, points, f"distances, {name}")
-            distances.append(torch.pdist(points))
-            counts = angles(points).histc(50, -1, 1)
-            row[2].plot(torch.linspace(-1, 1, 50), counts / counts.sum(), label=name)
-        row[0].set_ylabel(Path(folder).name)
-        row[2].set(xlabel="cosine of the angle", ylabel="share of the triplets")
-        add_legends([row[2]])
-        if system.teacher:
-            row[3].plot(*reversed(distances), ",", color="black")
-            row[3].set(xlabel="distance, teacher", ylabel="distance, student")
+        images = test_images(sets, args.image_size, 80)
+        teacher, student = (pool_tokens(network.backbone(images), args.pool)
+                            for network in (system.teacher or system.student, system.student))
+        row[0].set_title(f"{Path(folder).name}: dark where there are many")
+        for place, name, relation in zip(row, ("distance", "cosine of the angle"),
+                                         (torch.pdist, angles)):
+            place.hist2d(relation(teacher), relation(student), 80, cmap="Greys")
+            place.set(xlabel=f"{name}, teacher", ylabel=f"{name}, student")
     return figure
 
 
@@ -601,11 +605,11 @@ def pca(vit, images):
 def over_images(picture, networks):
     """attention.png or pca.png: a row of images, then of each network what `picture` makes."""
     rows = [("images", pixels(networks[0].images))]
-    rows += [(network.name, picture(network.vit, network.images)) for network in networks]
-    figure, axes = new_figure(len(rows), len(rows[0][1]), 12, 1.2 * len(rows),
+    rows += [(network.title, picture(network.vit, network.images)) for network in networks]
+    figure, axes = new_figure(len(rows), len(rows[0][1]), 0.85 * len(rows),
                               subplot_kw=dict(xticks=[], yticks=[]))
     for row, (name, pictures) in zip(axes, rows):
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name.replace(", ", "\n"), fontsize=7)
         for place, x in zip(row, pictures):
             place.imshow(x.permute(1, 2, 0), cmap="gray")
     return figure
@@ -631,7 +635,7 @@ def ridge(x, targets, parts):
 
 
 def readable(drawn):
-    """Factors (M, 9) as `textures` drew them -> {name: (M, T) float64}, targets of a linear map.
+    """Factors (M, 9) as `textures` drew them -> {words: (M, T) float64}, targets of a linear map.
 
     Hues and phases are periodic and become sine and cosine, the illumination becomes the vector of
     its slope, the class its ten indicators.
@@ -639,13 +643,13 @@ def readable(drawn):
     def circle(turns):
         return torch.stack([(2 * math.pi * turns).sin(), (2 * math.pi * turns).cos()], 1)
 
-    columns = dict(zip(FACTORS, drawn.double().T.unsqueeze(2)))
-    slope = columns.pop("illumination") * circle(columns.pop("direction")[:, 0])
-    for name, x in columns.items():
-        if name.startswith(("hue", "phase")):
-            columns[name] = circle(x[:, 0])
-    columns["class"] = F.one_hot(columns["class"][:, 0].long(), 10).double()
-    return columns | {"illumination": slope}
+    x = dict(zip(FACTORS, drawn.double().T))
+    return {"pattern (the class)": F.one_hot(x["class"].long(), 10).double(),
+            "colour of the figure": circle(x["hue_a"]), "colour of the ground": circle(x["hue_b"]),
+            "number of periods": x["frequency"][:, None],
+            "shift, first axis": circle(x["phase_x"]), "shift, second axis": circle(x["phase_y"]),
+            "rotation": x["rotation"][:, None],
+            "slope of the light": x["illumination"][:, None] * circle(x["direction"])}
 
 
 def factors(networks):
@@ -655,53 +659,55 @@ def factors(networks):
     parts = torch.arange(4000).split([2700, 300, 1000])
     columns = readable(drawn)
     targets, widths = torch.cat([*columns.values()], 1), [c.shape[1] for c in columns.values()]
-    figure, axes = new_figure(1, len(networks), 1.5 + 3 * len(networks), 4, sharey=True)
-    for place, network in zip(axes[0], networks):
-        scores = []
-        for features in [F.adaptive_avg_pool2d(x, 16).flatten(1), *block_features(network, x)]:
-            found = ridge(features, targets, parts).split(widths)
-            scores.append([part.mean().item() for part in found])
+    read = [("pixels", [F.adaptive_avg_pool2d(x, 16).flatten(1)])]
+    read += [(network.title, block_features(network, x)) for network in networks]
+    blocks = [len(features) for _, features in read]
+    figure, axes = new_figure(1, len(read), 3.4, max(8, 2 + 0.5 * sum(blocks)),
+                              width_ratios=blocks, sharey=True)
+    for place, (name, features) in zip(axes[0], read):
+        scores = [[part.mean().item() for part in ridge(block, targets, parts).split(widths)]
+                  for block in features]
         draw_numbers(place, torch.tensor(scores).T.clamp_min(0), [*columns],
-                     ["pixels", *range(1, len(scores))])
-        place.set(title=network.name, xlabel="block")
-    figure.suptitle("R² of a linear map from the features to each factor", fontsize=10)
+                     [*range(1, 1 + len(scores))])
+        place.set(title=name, xlabel="block")
+    axes[0][0].set(title="", xlabel="", xticklabels=["pixels"])
+    figure.suptitle("how much of each cause of a texture is linearly read from the features (R²)")
     return figure
 
 
 def similarity(networks):
     """similarity.png: linear CKA of each block of each network with all others, on test images."""
-    names, features = zip(*[(f"{network.name}, block {i}", x) for network in networks
+    names, features = zip(*[(f"{network.title}, block {i}", x) for network in networks
                             for i, x in enumerate(block_features(network, network.images), 1)])
     cka = torch.tensor([[1 - cka_loss(a, b).item() for b in features] for a in features])
-    figure, axes = new_figure(1, 1, *[2 + 0.5 * len(names)] * 2)
+    side = max(6, 2 + 0.5 * len(names))
+    figure, axes = new_figure(1, 1, side, side)
     draw_numbers(axes[0][0], cka, names, names)
     axes[0][0].tick_params(axis="x", rotation=90)
-    axes[0][0].set_title("CKA of the features", fontsize=10)
+    axes[0][0].set_title("similarity of the features by CKA (1: equal but for rotation and scale)")
     return figure
 
 
 def spectrum(networks):
-    """spectrum.png: singular values, effective rank of each block, how unequal the distances are
-    (all at 1: no relations are left)."""
-    figure, axes = new_figure(1, 3, 13, 4)
-    values, ranks, distances = axes[0]
+    """spectrum.png of the last block's features: singular values, effective rank, and how unequal
+    the distances between images are (all at 1: no relations are left)."""
+    figure, axes = new_figure(1, 2, 3.6)
+    values, distances = axes[0]
     for network, style in zip(networks, itertools.cycle(STYLES)):
-        features = block_features(network, network.images)
-        last = features[-1]
+        last = block_features(network, network.images)[-1]
+        look = dict(ls=style, color=network.color)
         found = torch.linalg.svdvals(last - last.mean(0))
         found = found[found > 1e-4 * found[0]]  # centred and normalised: the last one is 0
-        values.semilogy(found / found[:1], style, label=network.name)
-        ranks.plot(range(1, 1 + len(features)), [effective_rank(x) for x in features],
-                   "o" + style, label=network.name)
+        name = f"{network.title} (effective rank {effective_rank(last):.0f})"
+        values.semilogy(found / found[:1], label=name, **look)
         apart = torch.pdist(last)
         density, edges = (apart / apart.mean()).histogram(60, range=(0, 2.5), density=True)
-        distances.plot((edges[1:] + edges[:-1]) / 2, density, style, label=network.name)
-    values.set(title="last block", xlabel="index", ylabel="singular value / the largest")
-    ranks.set(title="all blocks", xlabel="block", ylabel="effective rank", ylim=(0, None))
-    ranks.xaxis.get_major_locator().set_params(integer=True)
-    distances.set(title="last block", xlabel="distance between two images / mean distance",
+        distances.plot((edges[1:] + edges[:-1]) / 2, density, **look)
+    values.set(title="singular values of the features", xlabel="index, from the largest",
+               ylabel="singular value / the largest")
+    distances.set(title="distances between test images", xlabel="distance / mean distance",
                   ylabel="density")
-    add_legends(axes[0])
+    figure.legend(*values.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -743,7 +749,7 @@ def main():
             relations(folders, options).savefig(out)
         else:
             draw, count = OF_NETWORKS[name]
-            draw([open_network(path, options, count) for path in folders]).savefig(out)
+            draw(open_networks(folders, options, count)).savefig(out)
     except ValueError as error:
         parser.error(f"no {name}: {error}")
     except OSError as error:
