@@ -393,8 +393,9 @@ def pairs(folders, out, only=("*",)):
         raise ValueError("no two of these runs are X and X+W*rkd with all other options alike: "
                          "add the run that is missing")
     heights = [len(groups) for groups in sets.values()]
+    longest = max(len(name) for groups in sets.values() for name in groups)
     figure, axes = new_figure(len(sets), 6, 1 + 0.2 * sum(heights) + 0.3 * len(sets),
-                              height_ratios=heights, sharey="row")
+                              6 + 0.08 * longest, height_ratios=heights, sharey="row")
     rows, above = [], dict.fromkeys(MEASURES.values(), 0)
     for places, (data, groups) in zip(axes, sets.items()):
         for i, place in enumerate(places):

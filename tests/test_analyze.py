@@ -124,7 +124,8 @@ def test_curves_take_mean_and_deviation_of_the_steps_that_all_seeds_have(tmp_pat
 def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
     def run(loss, seed, knn, white, linear, **options):
         return write_run(tmp_path, (), [dict(knn_top1=knn), dict(knn_top1=white, whiten=0.75),
-                                        dict(linear_top1=linear)], loss=loss, seed=seed, **(dict(mask_ratio=0.0) | options))
+                                        dict(linear_top1=linear)], loss=loss, seed=seed,
+                         **dict(mask_ratio=0.0) | options)
 
     cifar = dict(data="folder", data_path="some/cifar10/")
     runs = [run("dino", 0, 40.0, 48.0, 45.0), run("dino", 1, 42.0, 47.0, 44.0),
@@ -159,7 +160,9 @@ def test_folders_are_told_apart_by_fingerprint_which_makes_no_other_system(first
         assert len(analyze.grouped(runs)) == 1
 
 
-def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_path):
+def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, text: titles.append(text))
     table = {"+4.5 ± 0.7": [4.0, 5.0],              # t = 9.0, needed 12.71
              "**+4.2 ± 0.4**": [4.0, 4.5],          # t = 17
              "+2.0 ± 1.0": [1.0, 2.0, 3.0],         # t = 3.46, needed 4.30
@@ -170,6 +173,7 @@ def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_
             for loss, knn in (("dino", 0.0), ("dino+rkd", value))]
     lines = analyze.pairs(runs, tmp_path / "p.png").splitlines()[2:]
     assert [cells(line)[2] for line in lines] == [*table]
+    assert "of 5 pairs: k-NN in 2, whitened k-NN in 0" in titles[0]  # those above zero
 
 
 def test_a_kept_run_is_one_line_of_about_20_rows_and_has_the_table_of_its_folder(tmp_path):
