@@ -25,7 +25,7 @@ import json
 import math
 import os
 import statistics
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,7 +197,7 @@ def name_of(run, others=()):
     if (options.get("distance_power"), options.get("angle_weight")) == (0, 0):
         said.append("all distances equal")
         del options["distance_power"], options["angle_weight"]
-    everyone = [other.args for other in others or [run]]
+    everyone = [other.args for other in others or [run] if other.args.get("lr") != 0]
     same = [args for args in everyone if args.get("loss") == loss]
     for option, value in options.items():
         values, all_values = ([args.get(option) for args in some] for some in (same, everyone))
@@ -480,6 +480,7 @@ def open_networks(paths, options, count):
     return networks
 
 
+@cache
 def open_sets(data, path, size):
     """`load_data`, of a folder where only its path is said."""
     if path and data in (None, "textures"):

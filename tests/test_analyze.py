@@ -107,10 +107,12 @@ def test_of_other_options_those_are_named_that_fewer_runs_of_the_loss_have(tmp_p
 
 
 def test_names_that_would_be_alike_have_the_folder_and_one_colour(tmp_path):
-    runs = analyze.read_runs([write_run(tmp_path, loss=loss, mask_ratio=0.0)
-                              for loss in ("dino", "dino", "dino+rkd", "moco")])
-    assert analyze.names_of(runs) == ["DINO (run0)", "DINO (run1)", "DINO + RKD", "MoCo v3"]
-    first, *others, moco = map(analyze.color_of, runs)
+    runs = analyze.read_runs([write_run(tmp_path, loss=loss, mask_ratio=0.0, lr=lr) for loss, lr in
+                              (("dino", 0.1), ("dino", 0.1), ("dino+rkd", 0.1), ("moco", 0.1),
+                               ("dino", 0.0))])
+    assert analyze.names_of(runs) == ["DINO (run0)", "DINO (run1)", "DINO + RKD", "MoCo v3",
+                                      "untrained"]
+    first, *others, moco, _ = map(analyze.color_of, runs)
     assert {first} == {*others} != {moco}
 
 
