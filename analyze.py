@@ -200,7 +200,8 @@ def name_of(run, others=()):
     everyone = [other.args for other in others or [run] if other.args.get("lr") != 0]
     same = [args for args in everyone if args.get("loss") == loss]
     for option, value in options.items():
-        values, all_values = ([args.get(option) for args in some] for some in (same, everyone))
+        values = [args.get(option) for args in same]
+        all_values = [args.get(option) for args in everyone]
         usual = max(values, key=lambda x: (not x, values.count(x), all_values.count(x)))
         if value != OF_RKD.get(option, usual):
             text = f"{option.replace('_', ' ')} {value}"
