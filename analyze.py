@@ -96,7 +96,11 @@ def read_json_lines(path):
 
 
 def read_run(folder):
-    """A run from its --out-dir: name, options, logged rows, and the results of eval_*.py."""
+    """A run from its --out-dir: name, options, logged rows, and the results of eval_*.py.
+
+    Accuracies of few labels, shifted images or other data have names of their own, as in
+    linear_top1_on_imagenette_5_shots.
+    """
     folder = Path(folder)
     args = json.loads((folder / "args.json").read_text())
     rows = [row for row in read_json_lines(folder / "log.jsonl") if "step" in row]
@@ -109,10 +113,14 @@ def read_run(folder):
         before = row["step"]
         row["seconds"] = seconds
     measured, path = {}, folder / "evals.jsonl"
+    own = (None, args["data"], Path(args.get("data_path") or "").name)
     for result in read_json_lines(path) if path.exists() else ():
         kind = "_whitened" if result.get("whiten") else "_centered" if result.get("center") else ""
+        kind += f"_on_{result['data']}" if result.get("data") not in own else ""
+        kind += f"_{result['shots']}_shots" if result.get("shots") else ""
+        kind += f"_{result['shift']}" if result.get("shift") else ""
         for name, value in result.items():
-            measured[name + kind if name == "knn_top1" else name] = value
+            measured[name + kind if name.endswith("_top1") else name] = value
     return SimpleNamespace(name=folder.name, args=args, rows=rows, measured=measured)
 
 

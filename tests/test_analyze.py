@@ -59,7 +59,9 @@ def rows_of(runs):
 
 def test_the_table_has_mean_and_deviation_of_the_evaluations_else_of_the_logs_last_row(tmp_path):
     evals = [[dict(knn_top1=knn, k=20), dict(knn_top1=2.0, center=True), dict(linear_top1=linear),
-              dict(knn_top1=3.0, whiten=0.75)] for knn, linear in ((51.0, 60.0), (57.0, 64.0))]
+              dict(knn_top1=3.0, whiten=0.75), dict(linear_top1=1.0, shots=5),
+              dict(knn_top1=1.0, data="cifar10", shots=1), dict(knn_top1=1.0, shift="blur")]
+             for knn, linear in ((51.0, 60.0), (57.0, 64.0))]
     runs = [write_run(tmp_path, (30, 40, 50), evals[seed], loss="rkd", seed=seed)
             for seed in (0, 1)]
     runs.append(write_run(tmp_path, (30, 35, 45), mask_ratio=0.0))
