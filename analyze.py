@@ -116,11 +116,14 @@ def read_run(folder):
     own = (None, args["data"], Path(args.get("data_path") or "").name)
     for result in read_json_lines(path) if path.exists() else ():
         kind = "_whitened" if result.get("whiten") else "_centered" if result.get("center") else ""
-        kind += f"_on_{result['data']}" if result.get("data") not in own else ""
-        kind += f"_{result['shots']}_shots" if result.get("shots") else ""
-        kind += f"_{result['shift']}" if result.get("shift") else ""
+        other = f"_on_{result['data']}" if result.get("data") not in own else ""
+        other += f"_{result['shots']}_shots" if result.get("shots") else ""
+        other += f"_{result['shift']}" if result.get("shift") else ""
         for name, value in result.items():
-            measured[name + kind if name.endswith("_top1") else name] = value
+            if name.endswith("_top1"):
+                measured[name + kind + other] = value
+            elif not other:
+                measured[name] = value
     return SimpleNamespace(name=folder.name, args=args, rows=rows, measured=measured)
 
 
