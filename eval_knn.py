@@ -43,14 +43,26 @@ if sys.version_info < (3, 11):
 
 # ---- how every script starts: options and processes ----------------------------------------------
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The header as it is, then a line or two per option: X stands for its value."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _get_help_string(self, action):
+        said = "default" in action.help or not action.option_strings
+        none = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help if said or none else f"{action.help} (%(default)s)"
+
+    def _get_default_metavar_for_optional(self, action):
+        return "X"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows the header and each default; a mistake is one line and status 2."""
 
     def __init__(self, doc):
-        class Formatter(argparse.ArgumentDefaultsHelpFormatter,
-                        argparse.RawDescriptionHelpFormatter):
-            pass
-        super().__init__(description=doc, formatter_class=Formatter)
+        super().__init__(description=doc, formatter_class=Help, usage="%(prog)s [options]")
         for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a path
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -275,7 +287,7 @@ def report_few_labels(args, name, train, tests, settings, scores):
 
 def evaluation_options(doc):
     parser = Parser(doc)
-    add = parser.add_argument
+    add = parser.add_argument_group("network and images").add_argument
     add("--checkpoint", required=True, help="weights: ours, or of DINO, iBOT, MAE, MoCo v3, timm")
     add("--arch", choices=ARCHS, help="only for weights that do not say theirs")
     add("--data", choices=DATASETS,
@@ -285,10 +297,12 @@ def evaluation_options(doc):
         help="side in pixels to which images are resized; default: the checkpoint's")
     add("--pool", choices=FEATURES, help="feature; default: the checkpoint's, else cls")
     add("--center", action="store_true", help="subtract the mean feature of the references")
+    add = parser.add_argument_group("few labels and shifted images").add_argument
     add("--shots", type=whole(1), help="labelled images per class; the others are unused")
     add("--draws", type=whole(1), default=5, help="sets of labelled images for --shots")
     add("--seed", type=whole(0), default=0, help="of draws, orders and crops")
     add("--shift", choices=SHIFTS, help="change the test images; the mean of five strengths counts")
+    add = parser.add_argument_group("running").add_argument
     add("--cache", help="folder to keep the features in, for the next call")
     add("--workers", type=whole(0, 512), default=2, help="decoding processes (folders)")
     add("--device", default="auto", choices="auto cuda mps cpu".split(), help="where to run")
@@ -391,7 +405,7 @@ def report(args, rows, result):
 
 def main():
     parser = evaluation_options(__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("k-NN").add_argument
     add("--k", type=whole(1), nargs="+", default=[10, 20, 100, 200],
         help="neighbours, at most the references that are not held out")
     add("--temperature", type=number(1e-3), default=0.07, help="of the votes")

@@ -116,7 +116,7 @@ def augmented(args, vit, data, indices):
 @torch.no_grad()
 def main():
     parser = evaluation_options(__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("linear probe").add_argument
     add("--lrs", type=number(1e-9), nargs="+", help="learning rates, absolute, one head each",
         default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
     add("--epochs", type=whole(1), default=100, help="passes over the training images")

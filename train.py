@@ -98,7 +98,7 @@ def options():
     add("--crop-scale", type=fraction, nargs=2, default=[0.4, 1.0], help="area of a global view")
     add("--local-crops", type=whole(0, 64), default=0, help="small views per image (multi-crop)")
     add("--bicubic", **flag, help="crops as published; bilinear is faster")
-    add("--jitter", type=fraction, default=0.4, help="of brightness and contrast")
+    add("--jitter", type=fraction, default=0.4, help="strength for brightness and contrast")
     add("--saturation", type=fraction, help="its jitter; default: half of --jitter")
     add("--jitter-probability", type=fraction, default=0.8, help="share of jittered views")
     add("--hue", type=number(0, 0.5), default=0.5, help="in turns; .1 where colour tells classes")
@@ -109,16 +109,16 @@ def options():
 
     add = parser.add_argument_group("losses").add_argument
     add("--distance-weight", type=number(0), default=1.0, help="rkd: weight of distances")
-    add("--distance-power", type=number(0), default=1.0, help="rkd: exponent of the teacher's")
+    add("--distance-power", type=number(0), default=1.0, help="rkd: of the teacher's; 0: equal")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: weight; Park et al.: 2")
     add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256 at most")
     add("--pull-weight", type=number(0), default=0.05, help="rkd: 0 with a given teacher")
-    add("--patch-weight", type=number(0), default=0.0, help="rkd: of relations of patches")
+    add("--patch-weight", type=number(0), default=0.0, help="rkd: weight among patches")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
         help="dino, ibot, ressl: start and end; a lower start against collapse")
     add("--teacher-warmup", type=fraction, default=0.3, help="share of the run to reach the end")
-    add("--freeze-last-layer", type=fraction, default=0.0, help="share of the run")
+    add("--freeze-last-layer", type=fraction, default=0.0, help="share: prototypes fixed")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--batch-size", type=positive, default=128, help="images per step, all processes together")
@@ -126,10 +126,10 @@ def options():
     add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
     add("--lr", type=number(0), default=3e-3, help="peak, absolute; halve it if the loss jumps")
-    add("--min-lr", type=number(0), default=0.0, help="at the end")
+    add("--min-lr", type=number(0), default=0.0, help="learning rate at the end")
     add("--warmup", type=fraction, default=0.1, help="share of the run; more if unstable")
     add("--weight-decay", type=number(0), nargs=2, default=[0.05, 0.05], help="start end (cosine)")
-    add("--decay", default="matrices", choices=DECAY, help="of which parameters; tokens: also")
+    add("--decay", default="matrices", choices=DECAY, help="of matrices, also of tokens, of all")
     add("--beta2", type=number(0, 0.99999), default=0.95, help="AdamW; lower if the loss jumps")
     add("--adam-eps", type=number(0), default=1e-6, help="AdamW; published: 1e-8")
     add("--clip-grad", type=number(0), default=3.0, help="largest gradient norm; 0: no clipping")
@@ -221,8 +221,8 @@ def refuse(args):
          "--pool cls+mean: ibot has one head for images and patches: take cls or mean"),
         (args.angle_vertices
          and not world <= args.angle_vertices <= args.batch_size // args.grad_accum,
-         f"--angle-vertices {args.angle_vertices} must lie between the number of processes, {world}, "
-         f"and of images per piece, {args.batch_size // args.grad_accum}"),
+         f"--angle-vertices {args.angle_vertices} must lie between the number of processes, "
+         f"{world}, and of images per piece, {args.batch_size // args.grad_accum}"),
         ("rkd" in terms and not args.distance_weight and not args.angle_weight,
          "--distance-weight 0 and --angle-weight 0 leave nothing to learn: set one"),
         (not taught and (given or args.mask == "attention"),
