@@ -428,8 +428,8 @@ def ibot(batch):
         z = theirs.embed(batch.teacher_tokens[:, 1:])  # (G·B, N, bottleneck)
         target = theirs.logits(batch.at_hidden(z))  # (M, K)
         center = batch.center("ibot_patch", theirs.logits(z.float().mean((0, 1))))
-    patch = masked_patch_loss(head(batch.at_hidden(batch.tokens[:, 1:])), target, batch.mask, center,
-                              *batch.temperatures)
+    logits = head(batch.at_hidden(batch.tokens[:, 1:]))
+    patch = masked_patch_loss(logits, target, batch.mask, center, *batch.temperatures)
     return image + patch, {"ibot_image": image, "ibot_patch": patch}
 
 OBJECTIVES["ibot"] = Term(
