@@ -1,0 +1,44 @@
+"""The scripts of the study: their statistics and the exchange of spectra."""
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conftest import ROOT, cloud
+
+sys.path.insert(0, str(ROOT / "study"))
+
+from generalise import holm, p_value, quantile  # noqa: E402
+from why import few_label_accuracies, spectrum, with_spectrum  # noqa: E402
+
+
+def test_students_t_has_the_values_of_its_tables():
+    for freedom, t in ((2, 4.303), (4, 2.776), (9, 2.262)):
+        assert quantile(0.95, freedom) == pytest.approx(t, abs=1e-3)
+    assert quantile(0.99, 4) == pytest.approx(4.604, abs=1e-3)
+    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)  # t = 2 √3
+
+
+def test_holm_multiplies_the_smallest_by_most_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+
+
+def test_exchanged_spectra_change_the_shape_and_nothing_that_a_linear_map_can_read():
+    x, other = cloud(200, 6) @ cloud(6, 6, seed=1), cloud(200, 6, seed=2) @ cloud(6, 6, seed=3)
+    x, other = x - x.mean(0), other - other.mean(0)
+    labels = torch.arange(200) % 4
+    wanted = spectrum(other)[0]
+    (stretched, _), _ = with_spectrum([(x, labels), (x, labels)], wanted)
+    assert_close(spectrum(stretched)[0], wanted, rtol=1e-3, atol=1e-5)
+    back = torch.linalg.lstsq(stretched, x).solution
+    assert_close(stretched @ back, x, rtol=1e-3, atol=1e-3)
+    own, _ = with_spectrum([(x, labels), (x, labels)], spectrum(x)[0])
+    assert_close(own[0], x, rtol=1e-3, atol=1e-3)
+
+
+def test_both_classifiers_of_few_labels_learn_separate_classes():
+    labels = torch.arange(400) % 4
+    x = 4 * torch.nn.functional.one_hot(labels, 8).float() + cloud(400, 8)
+    assert min(few_label_accuracies((x[:200], labels[:200]), (x[200:], labels[200:]))) > 90
