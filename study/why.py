@@ -25,6 +25,7 @@ from analyze import markdown, plus_minus
 from data import load_data
 from eval_knn import draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
+from generalise import SYSTEMS
 from weights import open_backbone
 
 PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0")]
@@ -86,8 +87,8 @@ def main():
                         (*few_label_accuracies(*seen), separation(*seen[0]), dimension))
         for (name, shape), found in results.items():
             ridge, nearest, apart, dimension = zip(*found)
-            rows.append([name, "its own" if shape == name else f"of {shape}", plus_minus(ridge),
-                         plus_minus(nearest), plus_minus(apart, 2),
+            rows.append([SYSTEMS[name], "its own" if shape == name else f"of {SYSTEMS[shape]}",
+                         plus_minus(ridge), plus_minus(nearest), plus_minus(apart, 2),
                          plus_minus(dimension, 0) if shape == name else "", str(len(found))])
     print(markdown(["features", "spectrum", "ridge, 5 per class", "nearest class mean, 5 per class",
                     "between / within", "dimensions", "n"], rows))
