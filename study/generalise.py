@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from analyze import color_of, markdown, new_figure, plus_minus, read_runs
+from eval_knn import Parser
 
 SYSTEMS = {  # runs.jsonl's few-cifar10-NAME-sSEED -> what people say
     "dino": "DINO", "dino+5rkd": "DINO + RKD (weight 5)",
@@ -92,7 +93,9 @@ def holm(p):
 
 
 def main():
-    out = sys.argv[1] if len(sys.argv) > 1 else ROOT / "assets" / "generalisation.png"
+    parser = Parser(__doc__)
+    parser.add_argument("--out", default=ROOT / "assets" / "generalisation.png", help="picture")
+    out = parser.parse_args().out
     groups = {}
     for run in read_runs([ROOT / "study" / "runs.jsonl"], ["few-cifar10-*"]):
         groups.setdefault(run.name.removeprefix("few-cifar10-").rsplit("-s", 1)[0], []).append(run)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analyze import markdown, plus_minus
 from data import load_data
-from eval_knn import draw_labelled, extract_features, few_label_top1, percent
+from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
 from generalise import SYSTEMS
 from weights import open_backbone
@@ -64,7 +64,11 @@ def separation(x, labels):
 
 
 def main():
-    runs, sets = Path(sys.argv[1]), load_data("folder", sys.argv[2])
+    parser = Parser(__doc__)
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("data", help="folder of CIFAR-10")
+    args = parser.parse_args()
+    runs, sets = args.runs, load_data("folder", args.data)
 
     def features(name, seed):
         vit, options = open_backbone(runs / f"few-cifar10-{name}-s{seed}")
