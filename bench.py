@@ -15,10 +15,11 @@
 tests/test_bench.py checks that each reference gives our result. The table shows medians, quartiles
 of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of the allocator).
 
-Measured on one core of a shared Xeon beside other work (float32, torch 2.14, medians): distance 1.2
-to 1.4, angle 10 to 12 (N = 256; memory 404 -> 10 MB), ibot 1.9 (ViT-Ti, 1,159 -> 626 MB) and 1.3
-(ViT-S), dino 1.17 (1,127 -> 1,020 MB), views 2.3 to 2.4, block masks 1.5, k-NN four 5.6 to 6.9,
-probe 10 4.9 to 6.2.
+Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.30
+(2.22 .. 2.38); with --quick distance 1.11 (1.03 .. 1.14), angle 25 (23 .. 26; memory 404 -> 10 MB),
+ibot vit_tiny 1.83 (1,159 -> 644 MB), k-NN four 8.9, probe 10 2.9, views 2.10, block masks 1.78.
+Beside other work and whole: ibot vit_small 1.3, dino 1.17 (1,127 -> 1,020 MB), probe 10 4.9 to 6.2,
+angle 10 to 12.
 
     python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
     python bench.py --scale scale.png            # time and memory of relations as points grow
@@ -416,21 +417,23 @@ def training(args, compiled):
 def scale(path, device):
     """Draw time and memory of both relations over the number of points."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2)
-    for loss, style in ((rkd_angle_loss, "o-"), (original_angle, "o:"),
-                        (rkd_distance_loss, "s-"), (original_distance, "s:")):
+    for loss, style, name in (
+            (original_angle, "o:", "angles, authors' code"), (rkd_angle_loss, "o-", "angles, ours"),
+            (original_distance, "s:", "distances, authors' code"),
+            (rkd_distance_loss, "s-", "distances, ours")):
         sizes = [64, 128, 256, 512, 1024][:4 if loss is original_angle else 5]  # 1024 need 20 GB
         runs = [relation(N, device, loss)[0] for N in sizes]
         peaks = [peak_memory(run, device) for run in runs]  # while the heap is unused
         seconds = [statistics.median(interleaved([run], device, 1)[0]) for run in runs]
         print(json.dumps(dict(loss=loss.__name__, N=sizes, seconds=seconds, bytes=peaks)))
-        axes[0].loglog(sizes, seconds, style, label=loss.__name__)
-        axes[1].loglog(sizes, peaks, style)
-    for place, quantity in zip(axes, ("seconds", "bytes")):
-        place.set(xlabel="points N (D = 256)", ylabel=f"{quantity}, forward and backward")
+        axes[0].loglog(sizes, seconds, style, label=name)
+        axes[1].loglog(sizes, [peak / 1e6 for peak in peaks], style)
+    for place, quantity in zip(axes, ("time, s", "peak memory, MB")):
+        place.set(xlabel="points N (width 256)", ylabel=quantity, title="forward and backward")
         place.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
 
