@@ -21,11 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import markdown, plus_minus
+from analyze import markdown, name_of, plus_minus, read_run
 from data import load_data
 from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
-from generalise import SYSTEMS
 from weights import open_backbone
 
 PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0")]
@@ -91,7 +90,9 @@ def main():
                         (*few_label_accuracies(*seen), separation(*seen[0]), dimension))
         for (name, shape), found in results.items():
             ridge, nearest, apart, dimension = zip(*found)
-            rows.append([SYSTEMS[name], "its own" if shape == name else f"of {SYSTEMS[shape]}",
+            said, other = (name_of(read_run(runs / f"few-cifar10-{x}-s{seeds[0]}"))
+                           for x in (name, shape))
+            rows.append([said, "its own" if shape == name else f"of {other}",
                          plus_minus(ridge), plus_minus(nearest), plus_minus(apart, 2),
                          plus_minus(dimension, 0) if shape == name else "", str(len(found))])
     print(markdown(["features", "spectrum", "ridge, 5 per class", "nearest class mean, 5 per class",
