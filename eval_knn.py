@@ -237,12 +237,17 @@ def held_out(count):
 
 def draw_labelled(labels, shots, *seed):
     """`shots` random indices of each class -> (shots, C); each row has one image of each class."""
-    counts = labels.unique(return_counts=True)[1].tolist()
-    if shots > min(counts, default=0):
-        raise ValueError(f"--shots {shots}: the smallest class of the training set has "
-                         f"{min(counts, default=0)} images: take at most that")
+    check_shots(labels, shots)
     order = torch.randperm(len(labels), generator=generator(*seed))
     return torch.stack([order[labels[order] == c][:shots] for c in labels.unique()], 1)
+
+
+def check_shots(labels, shots):
+    """ValueError where a class has fewer images than `shots`."""
+    least = min(labels.unique(return_counts=True)[1].tolist(), default=0)
+    if shots > least:
+        raise ValueError(f"--shots {shots}: the smallest class of the training set has {least} "
+                         "images: take at most that")
 
 
 def few_label_top1(train, tests, labelled, settings, scores):
@@ -315,7 +320,7 @@ def start(parser):
 
     References and test images are pairs (features, labels). The first test images are as they are;
     with --shift one set per strength follows. Set, size and pool default to the checkpoint's. The
-    options gain rank, world, device, `alive()`.
+    options gain rank, world, device, `alive()` and the number of classes.
     """
     args = parser.parse_args()
     with parser.one_line_errors():
@@ -344,13 +349,14 @@ def start(parser):
         if sets[1] is None:
             raise ValueError(f"--data-path {args.data_path} needs classes and a val/ or test/")
         if args.shots:  # too many is an error before features are computed
-            draw_labelled(sets[0].labels[sets[0].labels >= 0], args.shots)
+            check_shots(sets[0].labels[sets[0].labels >= 0], args.shots)
         vit.to(args.device)
         train = cached_features(args, vit, sets[0])
         tests = {"test": cached_features(args, vit, sets[1])}
         for strength in SHIFTS.get(args.shift, ()):
             tests[f"{args.shift} {strength:g}"] = cached_features(args, vit, sets[1],
                                                                   (args.shift, strength))
+        args.classes = int(max(labels.max() for _, labels in [train, *tests.values()])) + 1
         return args, vit, sets[0], train, tests
 
 
@@ -412,11 +418,10 @@ def main():
     add("--whiten", type=number(0, 1), default=0.0,
         help="centre, and divide each principal direction by its std to this power; 1: all alike")
     args, _, _, train, tests = start(parser)
-    classes = int(max(labels.max() for _, labels in [train, *tests.values()])) + 1
     if args.shots:
         def scores(x, y, queries, ks):
             mean = x.mean(0) if args.center else 0
-            return knn_scores(x - mean, y, queries - mean, classes, ks, args.temperature)
+            return knn_scores(x - mean, y, queries - mean, args.classes, ks, args.temperature)
 
         ks = sorted({1, *args.k})
         report_few_labels(args, "knn_top1", train, tests, ks, scores)
@@ -440,7 +445,7 @@ def main():
         for features, labels in zip(*share):
             args.alive()
             features = features.to(args.device)
-            scores = knn_scores(*references, features, classes, ks, args.temperature)
+            scores = knn_scores(*references, features, args.classes, ks, args.temperature)
             right.append(torch.stack([scores[k].argmax(1).cpu() == labels for k in ks]))
         right = torch.cat(all_gather(torch.cat(right, 1)), 1)  # (number of ks, queries)
         return dict(zip(ks, map(percent, right)))

@@ -123,10 +123,9 @@ def main():
     add("--batch-size", type=whole(1), default=1024, help="images per step")
     add("--augment", action="store_true", help="new crops and flips each epoch, as published")
     args, vit, data, train, tests = start(parser)
-    classes = int(max(labels.max() for _, labels in [train, *tests.values()])) + 1
     if args.shots:
         report_few_labels(args, "linear_top1", train, tests, STRENGTHS,
-                          partial(ridge_scores, classes=classes))
+                          partial(ridge_scores, classes=args.classes))
         return
     fit, choose = held_out(len(train[1]))
     mean, std = train[0][fit].mean(0), train[0][fit].std(0, unbiased=False).clamp_min(1e-6)
@@ -139,7 +138,7 @@ def main():
                    for features, labels in augmented(args, vit, data, labelled[fit]))
     else:
         batches = ((x[i], y[i]) for _, i in orders(fit, args))
-    heads = Heads(args.lrs, x.shape[1], classes)
+    heads = Heads(args.lrs, x.shape[1], args.classes)
     total = args.epochs * math.ceil(len(fit) / args.batch_size)
     bar = tqdm(batches, total=total, disable=None if args.rank == 0 else True)
     for step, (features, labels) in enumerate(bar):
