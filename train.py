@@ -399,7 +399,7 @@ def resume(args, system, optimizer):
     if given and not new_run:  # a run that began from another path is another run
         options["resume"] = args.resume
     other = differences(state["args"], options, "--")
-    if state["args"].get("data_fingerprint") != args.data_fingerprint:
+    if state["args"].get("data_fingerprint", args.data_fingerprint) != args.data_fingerprint:
         other.append(f"other images than {args.data_path} has now")
     had = f"; it had {', '.join(other[:6])}" if other else ""
     if other and not new_run:
@@ -461,7 +461,8 @@ class Log:
 
     def write(self, row):
         """Append a row; the first time, and after a failure to write, write all rows anew."""
-        self.rows = [old for old in self.rows if old["step"] < row["step"]]
+        while self.rows and self.rows[-1]["step"] >= row["step"]:
+            self.rows.pop()
         self.rows.append({name: rounded(x) for name, x in row.items()})
         new = self.rows[-1:] if self.in_file else self.rows
         lines = [json.dumps(row).encode() + b"\n" for row in new]

@@ -242,6 +242,15 @@ def test_a_run_belongs_to_its_images_wherever_they_lie(base, tmp_path, monkeypat
     assert state_of(tmp_path / "runs" / "rkd-images")["step"] == 4
 
 
+def test_a_state_from_before_fingerprints_is_still_resumed(base, tmp_path):
+    assert run(tmp_path, base, "--max-steps", 2) == 0
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["args"]["data_fingerprint"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert run(tmp_path, base, "--max-steps", 4) == 0
+    assert state_of(tmp_path)["step"] == 4
+
+
 def slow_steps(out, options):
     real = objectives.System.forward
     def forward(system, *views):
