@@ -311,7 +311,7 @@ CROP_DRAWS, COLOUR_DRAWS = 23, 9
 
 
 def unit(x):
-    """uint8 -> float32 in [0, 1], which is left as it is."""
+    """uint8 0 .. 255 -> float32 0 .. 1; other tensors are returned unchanged."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
@@ -422,7 +422,7 @@ def colour(x, draw, jitter=0.4, hue=0.1, grey_probability=0.2, blur_probability=
     half of the jitter, as BYOL), hue by ± `hue` turns; sigma of the blur is uniform in .1 ..
     min(2, S / 32) pixels.
     """
-    draw = draw.view(len(x), 9, 1, 1, 1)
+    draw = draw.view(*draw.shape, 1, 1, 1)  # draw[:, k]: (B, 1, 1, 1)
     sizes = jitter, jitter, jitter / 2 if saturation is None else saturation
 
     def jittered(x, rows):
@@ -532,10 +532,11 @@ def train_batches(data, steps, views, seed, device, workers=0, weak=True, bicubi
     ones have new colours besides. A colour option is a number, or a list with one per view.
     """
     def finish(crops, epoch, index):
+        # 1000: other numbers than those of this view's crop
         strong = [coloured(x, uniform(COLOUR_DRAWS, seed, epoch, index, 1000 + view),
                            {name: value[view] if isinstance(value, list) else value
                             for name, value in colours.items()}) for view, x in enumerate(crops)]
-        return index, [normalize(unit(x)) for x in crops * weak], strong
+        return index, [normalize(unit(x)) for x in (crops if weak else [])], strong
 
     if isinstance(data, Images):
         images = data.images.to(device)

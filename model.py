@@ -91,17 +91,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x, part=slice(None)):
-        """q, k and v, or a slice of these three: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
+    def heads(self, x):
+        """q, k and v: (B, N, D) -> (3, B, H, N, D / H)."""
         B, N, D = x.shape
-        weight, bias = (w.unflatten(0, (3, D))[part].flatten(0, 1) for w in self.qkv.parameters())
-        qkv = F.linear(x, weight, bias).view(B, N, -1, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cls_only=False):
-        qkv = ((*self.heads(x[:, :1], slice(0, 1)), *self.heads(x, slice(1, 3))) if cls_only
-               else self.heads(x))
-        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+        q, k, v = self.heads(x)
+        q = q[:, :, :1] if cls_only else q  # CLS alone asks
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def weights(self, x):
         """The attention map (B, H, N, N), for pictures and for attention-guided masks."""
@@ -133,7 +132,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
-    def skip(self, x):
+    def drop_branch(self, x):
         """Stochastic depth (arXiv 1603.09382): drop a branch of an image at a rate `drop_path`."""
         if not self.training or self.drop_path == 0:
             return x
@@ -142,8 +141,8 @@ class Block(nn.Module):
 
     def forward(self, x, cls_only=False):
         """(B, N, D) -> (B, N, D), or with `cls_only` the first token (B, 1, D) from one query."""
-        x = (x[:, :1] if cls_only else x) + self.skip(self.ls1(self.attn(self.norm1(x), cls_only)))
-        return x + self.skip(self.ls2(self.mlp(self.norm2(x))))
+        x = (x[:, :1] if cls_only else x) + self.drop_branch(self.ls1(self.attn(self.norm1(x), cls_only)))
+        return x + self.drop_branch(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -210,12 +209,12 @@ class VisionTransformer(nn.Module):
         if mask is None:
             x = self.patch_embed(patches) + pos[:, 1:]
         elif drop:
-            V = {*(~mask).sum(1).tolist()}  # a mask on the CPU costs no wait for the GPU here
-            if len(V) > 1:
+            V = (~mask).sum(1).tolist()  # a mask on the CPU costs no wait for the GPU here
+            if len({*V}) > 1:
                 raise ValueError("dropping needs as many visible patches in each image, not "
                                  f"{min(V)} to {max(V)}")
-            order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first
-            kept = to_device(order[:, :min(V)], images.device)  # (B, V)
+            visible = (~mask).nonzero()[:, 1].view(B, -1)  # (B, V)
+            kept = to_device(visible, images.device)
             rows = torch.arange(B, device=images.device).unsqueeze(1)
             x = self.patch_embed(patches[rows, kept]) + pos[0, 1:][kept]
         else:

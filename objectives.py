@@ -74,15 +74,15 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x):
-        def mean(x):  # the ranks may have unequal numbers of rows
+        def mean_over_ranks(x):  # they may have unequal numbers of rows
             rows = x.flatten(0, -2)
             sums = torch.cat([rows.sum(0), rows.new_full((1,), len(rows))])
             sums = gather(sums.unsqueeze(0)).sum(0)
             return sums[:-1] / sums[-1].clamp_min(1)
 
         x = x.float()
-        x = x - mean(x)
-        x = x * (mean(x.square()) + 1e-5).rsqrt()
+        x = x - mean_over_ranks(x)
+        x = x * (mean_over_ranks(x.square()) + 1e-5).rsqrt()
         return x if self.weight is None else x * self.weight + self.bias
 
 
@@ -106,7 +106,7 @@ class Network(nn.Module):
 class Batch:
     """Views, mask, and the outputs of both networks, each computed when a term first reads it.
 
-    Lists hold one tensor per view, global views first. `progress`: share of the run that is done.
+    Lists hold one tensor per view, global views first. `progress`: share of the stage that is done.
     """
 
     def __init__(self, system, strong, weak, mask, progress):
@@ -155,13 +155,9 @@ class Batch:
     def teacher_points(self, term):
         return on_views(self.teacher.heads[term], self.teacher_features)
 
-    @cached_property
-    def hidden(self):
-        return places(self.mask, self.globals.device)
-
     def at_hidden(self, x):
         """(G·B, N, ..) -> its rows at the hidden patches, (M, ..)."""
-        return x.flatten(0, 1)[self.hidden]
+        return x.flatten(0, 1)[places(self.mask, x.device)]
 
     @property
     def temperatures(self):
@@ -178,13 +174,13 @@ class Batch:
 
     def pairs(self, term):
         """[(student's points, teacher's points), ..] of different views: (world·B, D) each."""
-        student, teacher = ([gather(x.float()) for x in points] for points in
-                            (self.student_points(term), self.teacher_points(term)))
+        student = [gather(x.float()) for x in self.student_points(term)]
+        teacher = [gather(x.float()) for x in self.teacher_points(term)]
         return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
     def points(self):
-        """For `panel`, (world·B, D) each: the student's features (None where there is one view)
-        and, of another view, those of the network that is evaluated."""
+        """Input of `panel`, (world·B, D) each: the student's features of one view, or None where
+        there is no other, and of another view those of the network that is evaluated."""
         theirs = self.teacher_features if self.args.teacher == "ema" else self.features
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
@@ -238,12 +234,12 @@ SLOW = dict(momentum=0.99)  # at .95 the teacher moves too fast, and features co
 WIDE = dict(projection=128, head_hidden=1024)  # a narrower predictor trains unsteadily
 
 
-def batchnorm_mlp(args, vit, width, _, out=None, layers=2, last=True, predictor=False):
+def batchnorm_mlp(args, vit, width, teacher_width, out=None, layers=2, last=True, predictor=False):
     """Head of SimCLR, BYOL and MoCo v3; `last`: a BatchNorm without scale after the last layer."""
     out = out or args.projection or 256
     after = partial(BatchNorm, affine=False) if last else None
     return mlp_head(out if predictor else width, args.head_hidden or 4 * width, out, layers,
-                    BatchNorm, nn.ReLU, after, bias=False)
+                    norm=BatchNorm, activation=nn.ReLU, last=after, bias=False)
 
 
 def decoder(args, vit, out):
@@ -266,45 +262,40 @@ def rkd(batch):
     args, pairs = batch.args, batch.pairs("rkd")
     weights = dict(distance=args.distance_weight, angle=args.angle_weight, pull=args.pull_weight)
 
-    def weigh(losses):
-        return sum(weights[name] * loss for name, loss in losses.items())
-
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     vertices = torch.arange(min(max(args.angle_vertices or 256, world), len(pairs[0][0])))
-    own = vertices.tensor_split(world)[rank]
-    each = [relations(*pair, args, own) for pair in pairs]
-    losses = {name: mean(found[name] for found in each) for name in each[0]}
+    share = vertices.tensor_split(world)[rank]
+    losses = relations(pairs, args, share)
     if args.angle_weight:  # makes the mean over ranks the mean over all vertices
-        losses["angle"] = losses["angle"] * (len(own) * world / len(vertices))
+        losses["angle"] = losses["angle"] * (len(share) * world / len(vertices))
     if args.pull_weight:
         losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
-    total = weigh(losses)
     if args.patch_weight:  # relations among the patches of one crop: (G·B, N, D)
         student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
         if batch.mask is not None and args.hide == "drop":
             seen = teacher.flatten(0, 1)[places(~batch.mask, teacher.device)]
             teacher = seen.view(*student.shape[:2], -1)
-        patches = relations(student, teacher, args)
-        total = total + args.patch_weight * weigh(patches)
-        losses |= {f"patch_{name}": loss for name, loss in patches.items()}
-    return total, losses
+        for name, loss in relations([(student, teacher)], args).items():
+            losses[f"patch_{name}"] = loss
+            weights[f"patch_{name}"] = args.patch_weight * weights[name]
+    return sum(weights[name] * loss for name, loss in losses.items()), losses
 
 
-def relations(student, teacher, args, vertices=None):
-    """Both relational losses between points (..., N, D), without those of weight 0."""
+def relations(pairs, args, vertices=None):
+    """Both relational losses, means over pairs of points (..., N, D), but none of weight 0."""
     losses = {}
     if args.distance_weight:
-        losses["distance"] = rkd_distance_loss(student, teacher, args.distance_power)
+        losses["distance"] = mean(rkd_distance_loss(*pair, args.distance_power) for pair in pairs)
     if args.angle_weight:
-        losses["angle"] = rkd_angle_loss(student, teacher, vertices)
+        losses["angle"] = mean(rkd_angle_loss(*pair, vertices) for pair in pairs)
     return losses
 
 
-def rkd_head(args, vit, width, _):
+def rkd_head(args, vit, width, teacher_width):
     if not args.head:
         return nn.Identity()
     if args.head_batchnorm:
-        return batchnorm_mlp(args, vit, width, _, out=args.head)
+        return batchnorm_mlp(args, vit, width, teacher_width, out=args.head)
     return mlp_head(width, args.head_hidden or 4 * width, args.head)
 
 OBJECTIVES["rkd"] = Term(rkd, least=3, head=rkd_head)
@@ -404,7 +395,7 @@ def dino(batch, name="dino"):
     return dino_views_loss(student, teacher, center, *batch.temperatures), {}
 
 
-def prototype_head(args, vit, width, _):
+def prototype_head(args, vit, width, teacher_width):
     return PrototypeHead(width, args.head_hidden or 4 * width, args.projection or 256,
                          args.prototypes, BatchNorm if args.head_batchnorm else None)
 
@@ -444,7 +435,6 @@ def per_patch(loss, mask):
     hidden = loss.new_full((), int(mask.sum()))
     everyone = gather(hidden.unsqueeze(0)).mean()
     return loss * torch.where(everyone > 0, hidden / everyone, 1)
-
 
 
 def beit(batch):
@@ -561,7 +551,7 @@ def parse_loss(text):
 
 
 def defaults(loss):
-    """Default options of a sum: of its terms that need a mask; where none does, of its first term.
+    """Default options of a sum: those of its terms that predict hidden patches, else of the first.
 
     An option that two terms want differently is None: the user has to choose.
     """
@@ -653,7 +643,7 @@ class System(nn.Module):
         self.student.load_state_dict(build_student(self.args, stage=stage).state_dict())
 
     def parts(self):
-        """Networks by their names in a checkpoint; a teacher that is no average is `frozen`."""
+        """Networks by their names in a checkpoint: an EMA is `teacher`, any other `frozen`."""
         name = "teacher" if self.args.teacher == "ema" else "frozen"
         return {"student": self.student} | ({name: self.teacher} if self.teacher else {})
 

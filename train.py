@@ -99,30 +99,30 @@ def options():
     add("--local-crops", type=whole(0, 64), default=0, help="small views per image (multi-crop)")
     add("--bicubic", **flag, help="crops as published; bilinear is faster")
     add("--jitter", type=fraction, default=0.4, help="strength for brightness and contrast")
-    add("--saturation", type=fraction, help="its jitter; default: half of --jitter")
+    add("--saturation", type=fraction, help="its strength; default: half of --jitter")
     add("--jitter-probability", type=fraction, default=0.8, help="share of jittered views")
-    add("--hue", type=number(0, 0.5), default=0.5, help="in turns; .1 where colour tells classes")
+    add("--hue", type=number(0, 0.5), default=0.5, help="jitter, turns; .1 if colour tells classes")
     add("--grey", type=fraction, default=0.2, help="share of grey views")
-    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="shares of each global view")
-    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="shares, as of --blur")
+    add("--blur", type=fraction, nargs=2, default=[0.5, 0.5], help="blurred share, per global view")
+    add("--solarize", type=fraction, nargs=2, default=[0.0, 0.0], help="solarized share")
     add("--weak-teacher", **flag, help="the teacher's views keep their colours")
 
     add = parser.add_argument_group("losses").add_argument
     add("--distance-weight", type=number(0), default=1.0, help="rkd: weight of distances")
-    add("--distance-power", type=number(0), default=1.0, help="rkd: of the teacher's; 0: equal")
+    add("--distance-power", type=number(0), default=1.0, help="exponent of the teacher's distances")
     add("--angle-weight", type=number(0), default=2.0, help="rkd: weight; Park et al.: 2")
     add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256 at most")
-    add("--pull-weight", type=number(0), default=0.05, help="rkd: 0 with a given teacher")
-    add("--patch-weight", type=number(0), default=0.0, help="rkd: weight among patches")
+    add("--pull-weight", type=number(0), default=0.05, help="rkd: weight; 0 with a given teacher")
+    add("--patch-weight", type=number(0), default=0.0, help="rkd: relations of patches")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
         help="dino, ibot, ressl: start and end; a lower start against collapse")
     add("--teacher-warmup", type=fraction, default=0.3, help="share of the run to reach the end")
-    add("--freeze-last-layer", type=fraction, default=0.0, help="share: prototypes fixed")
+    add("--freeze-last-layer", type=fraction, default=0.0, help="share with fixed prototypes")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--batch-size", type=positive, default=128, help="images per step, all processes together")
-    add("--grad-accum", type=positive, default=1, help="pieces per batch, each related apart")
+    add("--grad-accum", type=positive, default=1, help="pieces per batch; no relations across")
     add("--epochs", type=number(1e-6), help="length; default: 20 unless --max-steps")
     add("--max-steps", type=positive, help="stop there; without --epochs schedules end there too")
     add("--lr", type=number(0), default=3e-3, help="peak, absolute; halve it if the loss jumps")
@@ -170,7 +170,7 @@ def refuse(args):
     """ValueError for options that contradict each other, before anything is built or written."""
     terms = {name: OBJECTIVES[name] for name in parse_loss(args.loss)}
     predicting = " and ".join(name for name, term in terms.items() if term.hide)
-    for name in "mask mask_ratio mask_spread mask_probability teacher stages".split():
+    for name in defaults(args.loss):  # None: two terms want it differently
         if getattr(args, name) is None:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"--loss {args.loss}: {predicting} have different defaults of "
@@ -254,34 +254,34 @@ def schedules(step, total, args):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     warm = round(args.warmup * total)
-    decay = cosine(*args.weight_decay, step / total)
-    momentum = cosine(args.momentum, 1, step / total)
     if step < warm:  # from 0, as DINO, iBOT, BEiT and MoCo v3
-        return args.lr * step / max(1, warm - 1), decay, momentum
-    lr = cosine(args.lr, args.min_lr, (step - warm) / max(1, total - warm))
-    return lr, decay, momentum
+        lr = args.lr * step / max(1, warm - 1)
+    else:
+        lr = cosine(args.lr, args.min_lr, (step - warm) / max(1, total - warm))
+    return lr, cosine(*args.weight_decay, step / total), cosine(args.momentum, 1, step / total)
 
 
 def sample_order(count, start, stop, args, rank, world):
     """(epoch, indices) of this rank for every piece of every step: one permutation per epoch."""
-    steps_per_epoch, epoch = count // args.batch_size, None
+    steps_per_epoch = count // args.batch_size
     for step in range(start, stop):
-        now, place = divmod(step, steps_per_epoch)
-        if now != epoch:
-            epoch, order = now, torch.randperm(count, generator=generator(args.seed, 1, now))
+        epoch, place = divmod(step, steps_per_epoch)
+        if step == start or place == 0:
+            order = torch.randperm(count, generator=generator(args.seed, 1, epoch))
         batch = order[place * args.batch_size:(place + 1) * args.batch_size]
         for piece in batch.view(args.grad_accum, world, -1)[:, rank]:
             yield epoch, piece
 
 
 def draw_masks(args, system, step, piece, weak, rank=0, world=1):
-    """Masks of the G global views of this rank, bool (G·B, N): its part of the global batch's."""
-    def own(x):  # this rank's part of a draw for all ranks: (G·world·B, ..) -> (G·B, ..)
+    """Masks of this rank's part of the global batch: bool (G·B, N), or None without masks."""
+    if not args.mask_ratio:
+        return None
+
+    def of_rank(x):  # a draw for all ranks -> this rank's: (G·world·B, ..) -> (G·B, ..)
         x = x.view(args.global_crops, world, -1, *x.shape[1:])
         return x[:, rank].flatten(0, 1)
 
-    if not args.mask_ratio:
-        return None
     count = args.global_crops * (args.batch_size // args.grad_accum)
     random, ratio = generator(args.seed, 2, step, piece), args.mask_ratio
     if args.mask_spread or args.mask_probability < 1:  # each view has its own ratio, or no mask
@@ -290,28 +290,26 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
     if args.mask == "attention":
         seen = [system.teacher.backbone.last_attention(view).mean(1)
                 for view in weak[:args.global_crops]]
-        mask = attention_mask(torch.cat(seen).float().cpu(),  # a GPU has to finish here
-                              own(ratio) if torch.is_tensor(ratio) else ratio)
-    else:
-        unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
-        mask = own(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
-    return mask
+        return attention_mask(torch.cat(seen).float().cpu(),  # a GPU has to finish here
+                              of_rank(ratio) if torch.is_tensor(ratio) else ratio)
+    unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
+    return of_rank(MASKS[args.mask](count, system.student.backbone.grid, ratio, random, **unit))
 
 
 def open_batches(args, train_set, start, stop, rank, world, device):
     """Batches of this rank from step `start` on: (indices, weak views, strong views)."""
     # local views as in DINO: 96 pixels where the global ones have 224, smaller crops
     small = max(1, round(args.image_size * 96 / 224 / args.patch_size)) * args.patch_size
-    whole, local = args.global_crops, args.local_crops
-    views = ([(args.image_size, args.crop_scale)] * whole
-             + [(small, (0.05, args.crop_scale[0]))] * local)
+    n_global, n_local = args.global_crops, args.local_crops
+    views = ([(args.image_size, args.crop_scale)] * n_global
+             + [(small, (0.05, args.crop_scale[0]))] * n_local)
     return train_batches(
         train_set, sample_order(len(train_set), start, stop, args, rank, world), views, args.seed,
         device, args.workers, weak=args.weak_teacher or args.mask == "attention",
         bicubic=args.bicubic, jitter=args.jitter, saturation=args.saturation, hue=args.hue,
         jitter_probability=args.jitter_probability, grey_probability=args.grey,
-        blur_probability=args.blur[:whole] + [0.5 * any(args.blur)] * local,
-        solarize_probability=args.solarize[:whole] + [0.0] * local)
+        blur_probability=args.blur[:n_global] + [0.5 * any(args.blur)] * n_local,
+        solarize_probability=args.solarize[:n_global] + [0.0] * n_local)
 
 
 # ---- saving and resuming -----------------------------------------------------------------------
@@ -327,7 +325,7 @@ def setting(system):
 
 
 def save(args, system, optimizer, **progress):
-    """Replace checkpoint.pt atomically; the one before stays as previous.pt -> is it on disk?"""
+    """Replace checkpoint.pt atomically, keep the old one as previous.pt -> True if written."""
     state = dict(system.save(), optimizer=optimizer.state_dict(), args=vars(args),
                  setting=setting(system), **progress)
     path = os.path.join(args.out_dir, "checkpoint.pt")
@@ -347,7 +345,7 @@ MAY_CHANGE = ("recipe data_path data_fingerprint workers max_steps device compil
 
 
 def differences(old, new, prefix=""):
-    """["name value (now other)", ..] for every entry of `new` that `old` has otherwise or lacks."""
+    """["name value (now other)", ..] for each entry of `new` that `old` lacks or has otherwise."""
     return [f"{prefix}{name.replace('_', '-')} {str(old.get(name))[:60]} (now {value})"
             for name, value in new.items() if name not in old or old[name] != value]
 
@@ -371,7 +369,7 @@ def resume(args, system, optimizer):
     """Restore the newest readable checkpoint of this run -> (step, skipped steps, unlogged row)."""
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0"
                     for launcher in ("TORCHELASTIC", "SLURM"))
-    if args.resume == "none" and not restarted:
+    if args.resume == "none" and not restarted:  # a launcher repeats the same command
         return 0, 0, {}
     if os.path.isdir(args.resume):
         args.resume = os.path.join(args.resume, "checkpoint.pt")
@@ -414,9 +412,10 @@ def resume(args, system, optimizer):
         for text in unreadable:
             warn(f"{text}; took the state before")
         changed = ", ".join(differences(state.get("setting", {}), setting(system)))
-        print(one_line(f"resumed {path} at step {step}{had}" + bool(changed) * (
-            f"; it was made with {changed}: from here the run is not bitwise the same")))
-    return step, state.get("skipped_steps", 0), state.get("row", {}) if path in own else {}
+        if changed:
+            changed = f"; it was made with {changed}: from here the run is not bitwise the same"
+        print(one_line(f"resumed {path} at step {step}{had}{changed}"))
+    return step, state.get("skipped_steps", 0), {} if new_run else state.get("row", {})
 
 
 def open_folder(args, step):
@@ -435,7 +434,7 @@ def open_folder(args, step):
                 path = os.path.join(args.out_dir, name)
                 free = (f"{path}.old{n or ''}" for n in itertools.count())
                 if os.path.exists(path):
-                    os.replace(path, next(name for name in free if not os.path.exists(name)))
+                    os.replace(path, next(old for old in free if not os.path.exists(old)))
         write_file(os.path.join(args.out_dir, "args.json"),
                    lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
     except OSError as error:
@@ -497,7 +496,8 @@ class Log:
 # ---- evaluation and one step -------------------------------------------------------------------
 
 def report(args, system, sets, signals, log, row):
-    """Evaluate if that is due, and log. A run that is killed in here does this when resumed."""
+    """Evaluate if the row asks for it, then log it. A checkpoint holds its row, so a run that is
+    killed during the evaluation repeats it on resume."""
     if row.pop("evaluating"):
         row |= evaluate(args, system, sets, signals, controls=row["step"] == 0)
     if log:
@@ -542,10 +542,9 @@ def clip(system, limit, each=False):
     return torch.stack(norms).norm().item()  # the one wait for the GPU in a step
 
 
-def over_ranks(logs, device, world):
+def over_ranks(logs, world):
     """Logged losses as numbers: means over the ranks."""
-    values = torch.stack([torch.as_tensor(x, dtype=torch.float, device=device).detach()
-                          for x in logs.values()])
+    values = torch.stack([x.detach().float() for x in logs.values()])
     if world > 1:
         dist.all_reduce(values)
     return dict(zip(logs, (values / world).tolist()))
@@ -577,7 +576,7 @@ class Prefetched:
 
 
 def backward(args, system, network, batch, step, progress):
-    """Gradients of one step, summed over the pieces of its batch -> last loss, logs, points."""
+    """Gradients of one step, summed over its pieces -> loss, logs, points of the last piece."""
     rank, world = ranks()
     device = next(system.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -593,14 +592,14 @@ def backward(args, system, network, batch, step, progress):
     return loss, logs, points
 
 
-def complain(args, images, step, stop, lr, in_a_row):
+def complain(args, count, step, stop, lr, in_a_row):
     """Warn of a step that is not finite; end the run after five in a row."""
     many, rank = min(5, stop), ranks()[0]
     if in_a_row == 1 and rank == 0:
         warn(f"step {step + 1}: the loss or its gradient is not finite: skipped (after {many} in "
              "a row the run stops)")
     if in_a_row == many:
-        order = sample_order(images, step, step + 1, args, 0, 1)
+        order = sample_order(count, step, step + 1, args, 0, 1)
         indices = torch.cat([index for _, index in order]).tolist()
         if rank == 0:
             print(f"step {step + 1}: {many} steps in a row were not finite at lr {lr:.3g}: "
@@ -617,18 +616,18 @@ def listen():
     """
     signals = {}
 
-    def receive(number, _):
+    def receive(signum, _):
         now = time.monotonic()
         # within a second torchrun and the terminal may both send the same signal
         if now > min(signals.values(), default=now) + 1:
-            os._exit(128 + number)
-        signals.setdefault(number, now)
+            os._exit(128 + signum)
+        signals.setdefault(signum, now)
 
     if threading.current_thread() is threading.main_thread():  # no other thread can listen
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows lacks two of them
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, receive)  # nohup ignores SIGHUP
+            signum = getattr(signal, name, None)  # Windows lacks two of them
+            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+                signal.signal(signum, receive)  # nohup ignores SIGHUP
     return signals
 
 
@@ -670,9 +669,9 @@ def main():
 
         # -- resume
         args.data_fingerprint = fingerprint(train_set)
-        name = os.path.abspath(args.data_path) if args.data == "folder" else args.data
-        args.out_dir = args.out_dir or (
-            f"runs/{args.loss.replace('*', 'x')}-{os.path.basename(name)}")
+        name = args.data_path if args.data == "folder" else args.data
+        name = os.path.basename(os.path.abspath(name))
+        args.out_dir = args.out_dir or f"runs/{args.loss.replace('*', 'x')}-{name}"
         start, skipped, row = resume(args, system, optimizer)
         seen = all_gather((start, len(train_set)))
         if len({*seen}) > 1:
@@ -714,20 +713,20 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             if rank == 0:
                 save(args, system, optimizer, step=step, skipped_steps=skipped)
             raise batches.error
-        stage, place = divmod(step, stage_length)
-        if stage and not place:
+        stage, stage_step = divmod(step, stage_length)
+        if stage and stage_step == 0:  # the first step of a later stage
             system.next_stage(stage)
-        lr, decay, momentum = schedules(place, stage_length, args)
+        lr, decay, momentum = schedules(stage_step, stage_length, args)
         for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)
         centers = dict(system.state)
         loss, logs, points = backward(args, system, network, batches.current, step,
-                                      place / stage_length)
+                                      stage_step / stage_length)
         batches.advance()  # while a GPU still computes
         norm = clip(system, args.clip_grad, args.clip_each)
         finite = math.isfinite(norm)
         if finite:
-            if place < args.freeze_last_layer * stage_length:
+            if stage_step < args.freeze_last_layer * stage_length:
                 system.student.freeze_prototypes()
             optimizer.step()
             if args.teacher == "ema":
@@ -746,12 +745,12 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             stopped_by = max(all_gather(max(signals, default=0)))
         if logging or stopped_by:
             row = dict(step=done, epoch=done * args.batch_size / len(train_set),
-                       **over_ranks(dict(loss=loss, **logs), device, world), lr=lr,
+                       **over_ranks(dict(loss=loss, **logs), world), lr=lr,
                        weight_decay=decay, momentum=momentum, gradient_norm=norm,
                        **(panel(*points) if finite else {}), skipped_steps=skipped,
                        **batches.speed(), evaluating=evaluating)
             # save before the evaluation, which can take long, but not while steps are skipped
-            if rank == 0 and (saving and finite or stopped_by or done == stop):
+            if rank == 0 and ((saving and finite) or stopped_by or done == stop):
                 saved = save(args, system, optimizer, step=done, skipped_steps=skipped, row=row)
             if not (stopped_by and evaluating):  # then the resumed run evaluates
                 report(args, system, sets, signals, log, row)

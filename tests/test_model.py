@@ -258,7 +258,7 @@ def test_ema_averages_by_name_copies_buffers_and_ignores_a_predictor_of_the_stud
 
 def test_drop_path_drops_whole_images_at_its_rate_and_rescales_the_others():
     torch.manual_seed(0)
-    out = Block(D, 4, 4, drop_path=0.25).skip(torch.ones(2000, 5, 8))
+    out = Block(D, 4, 4, drop_path=0.25).drop_branch(torch.ones(2000, 5, 8))
     assert_close(out, out[:, :1, :1].expand(2000, 5, 8))
     assert_close(out.unique(), torch.tensor([0, 4 / 3]))
     assert abs(out.eq(0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
