@@ -239,7 +239,9 @@ def draw_labelled(labels, shots, *seed):
     """`shots` random indices of each class -> (shots, C); each row has one image of each class."""
     check_shots(labels, shots)
     order = torch.randperm(len(labels), generator=generator(*seed))
-    return torch.stack([order[labels[order] == c][:shots] for c in labels.unique()], 1)
+    order = order[labels[order].argsort(stable=True)]  # class after class
+    counts = labels.unique(return_counts=True)[1]
+    return order[counts.cumsum(0) - counts + torch.arange(shots).unsqueeze(1)]
 
 
 def check_shots(labels, shots):
