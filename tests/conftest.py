@@ -29,14 +29,9 @@ def cloud(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(count, seed=0, size=32):
-    """Built-in images: uint8 (N, 3, S, S), labels (N,), factors (N, 9)."""
-    return textures(count, seed, size)
-
-
 def write_textures(root, train, val, classes=5):
     """A folder of 32 px PNGs, so many to train by and to measure by -> its path."""
-    for i, pixels in enumerate(drawn(train + val)[0]):
+    for i, pixels in enumerate(textures(train + val, 0)[0]):
         place = root / ("train" if i < train else "val") / f"class{i % classes}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
@@ -119,10 +114,4 @@ def assert_same_run(out, whole):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: the long version of a test; run by pytest -m slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="long: pytest -m slow"))
+    config.option.markexpr = config.option.markexpr or "not slow"

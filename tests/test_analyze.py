@@ -4,7 +4,6 @@
 """
 import io
 import json
-import re
 import sys
 
 import pytest
@@ -13,12 +12,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import analyze
-from conftest import call, write_textures
+from conftest import cloud, write_textures
 from model import VisionTransformer
-
-
-def cloud(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_angles_of_the_3_4_5_triangle():
@@ -202,12 +197,8 @@ def test_a_kept_run_is_one_line_of_about_20_rows_and_has_the_table_of_its_folder
 # ---------- the pictures ----------
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):  # -> the words that name a run and its images
-    out, images = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("images")
-    where = ["--data-path", write_textures(images, 40, 60)]
-    assert call("--data", "folder", *where, "--max-steps", 2, "--batch-size", 16, "--workers", 0,
-                "--device", "cpu", "--eval-every", 1000, "--out-dir", out) == 0
-    return [out, *where]
+def trained(checkpoint, folder):  # the words that name a run and its images
+    return [checkpoint.parent, "--data-path", folder]
 
 
 def draw(monkeypatch, *words):
@@ -225,24 +216,19 @@ def test_each_picture_is_drawn_from_a_run_and_of_two(name, trained, tmp_path, mo
         assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
 
 
-def test_weights_that_do_not_say_their_data_ask_for_it(trained, tmp_path, monkeypatch, capsys):
+def test_weights_that_do_not_say_their_data_ask_for_it_and_arch_is_for_foreign_ones(
+        trained, tmp_path, monkeypatch, capsys):
     state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
     args = {name: state["args"][name] for name in ("arch", "image_size", "patch_size", "fixed_pos")}
     torch.save(dict(student=state["teacher"], args=args), tmp_path / "weights.pt")
+    foreign = VisionTransformer(image_size=32, patch_size=16, embed_dim=192, num_heads=3)
+    torch.save(foreign.state_dict(), tmp_path / "foreign.pt")
     with pytest.raises(SystemExit) as end:
         draw(monkeypatch, "pca", tmp_path / "weights.pt")
     assert end.value.code == 2 and "add --data" in capsys.readouterr().err
-    draw(monkeypatch, "pca", tmp_path / "weights.pt", "--data", "folder", *trained[1:])
+    draw(monkeypatch, "pca", tmp_path / "weights.pt", trained[0], tmp_path / "foreign.pt",
+         "--arch", "vit_tiny", "--data", "folder", *trained[1:])
     assert (tmp_path / "pca.png").exists()  # beside the weights
-
-
-def test_one_picture_of_an_own_and_a_foreign_network_takes_arch_for_the_foreign(
-        trained, tmp_path, monkeypatch):
-    foreign = VisionTransformer(image_size=32, patch_size=16, embed_dim=192, num_heads=3)
-    torch.save(foreign.state_dict(), tmp_path / "foreign.pt")
-    draw(monkeypatch, "pca", trained[0], tmp_path / "foreign.pt", "--arch", "vit_tiny",
-         "--data", "folder", *trained[1:], "--out", tmp_path / "both.png")
-    assert (tmp_path / "both.png").exists()
 
 
 @pytest.mark.parametrize("kind, tests, names", [
@@ -277,22 +263,6 @@ def test_a_table_is_printed_by_a_terminal_that_lacks_its_characters(tmp_path, mo
         draw(monkeypatch, "table", write_run(tmp_path))
         out.flush()
         assert arrow in out.buffer.getvalue()
-
-
-@pytest.mark.parametrize("words, says", [
-    ("curves {run} --out {run}/none/x.png", ["none/x.png", "name a file .* with --out"]),
-    ("curves {run}/none", ["none", "--out-dir of a finished run"]),
-    ("table {run}/args.json", ["args.json", "finished run .* or study/runs.jsonl"]),
-    ("pairs {run} --out x.png", [r"X\+W\*rkd"]),
-    ("masks {run}", ["no such file", "--out-dir of a finished run"]),
-    ("pca {run}/args.json", ["no checkpoint", "take one written by"])])
-def test_each_error_says_its_own_way_out(words, says, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        draw(monkeypatch, *words.format(run=write_run(tmp_path)).split())
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(re.search(text, error) for text in says), error
-    assert ("finished run" in error) == ("finished run" in says[-1])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

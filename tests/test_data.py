@@ -14,9 +14,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch.testing import assert_close
 
-from conftest import drawn
 from data import (MEAN, STD, DataError, Folder, Images, colour, crop, eval_batches, fingerprint,
                   lasting_loader, load_data, loaded, train_batches)
+from textures import textures
 
 CPU = torch.device("cpu")
 VIEWS = [(16, (0.4, 1.0)), (8, (0.1, 0.4))]
@@ -136,7 +136,7 @@ def test_grey_and_solarise_happen_with_their_probability(slot, option, change):
 # ---------- batches ----------
 
 def test_a_view_depends_on_seed_epoch_index_and_view_alone():
-    data, alike = Images(*drawn(12)[:2], ["any"]), [(16, (0.4, 1.0))] * 2
+    data, alike = Images(*textures(12, 0)[:2], ["any"]), [(16, (0.4, 1.0))] * 2
 
     def views(*index, epoch=3, seed=7):
         steps = [(epoch, torch.tensor(index))]
@@ -150,7 +150,7 @@ def test_a_view_depends_on_seed_epoch_index_and_view_alone():
 
 
 def test_the_strong_view_is_the_weak_crop_with_colours_of_its_own_epoch_and_view():
-    data, index, grey = Images(*drawn(40)[:2], ["any"]), torch.arange(40), []
+    data, index, grey = Images(*textures(40, 0)[:2], ["any"]), torch.arange(40), []
     options = OFF | dict(grey_probability=[0.3, 0.7])  # one value per view
     batches = views_of(data, (0, index), (1, index), **options)
     for weak, strong in [pair for _, *views in batches for pair in zip(*views)]:
@@ -210,14 +210,6 @@ def populate(root, places):
     return str(root)
 
 
-def test_folders_of_classes_are_labelled_by_sorted_name(tmp_path):
-    train, test = load_data("folder", populate(
-        tmp_path, "train/eel/a.png train/dog/b.png train/cat/c.png train/cat/d/e.png "
-        "val/dog/f.png"))
-    assert train.classes == ["cat", "dog", "eel"]
-    assert train.labels.tolist() == [0, 0, 1, 2] and test.labels.tolist() == [1]
-
-
 def test_a_wrong_folder_is_an_error_that_names_it(tmp_path):
     populate(tmp_path, "empty/train/cat/notes.txt newt/train/cat/a.png newt/val/cat/b.png "
              "newt/val/newt/c.png")  # a class that train/ lacks
@@ -245,12 +237,13 @@ def test_what_lies_beside_the_images_is_left_out_and_said_unless_hidden(
                                        + f"; left out: {why} ('{first}')" * bool(why) + "\n")
 
 
-def test_a_class_may_be_a_link_to_elsewhere_and_a_character(tmp_path):
+def test_classes_are_the_sorted_names_of_folders_and_of_links_to_elsewhere(tmp_path):
     path = populate(tmp_path, "store/x/0.png store/x/a/1.png store/y/2.png set/train/@/3.png "
-                    "set/train/#1/4.png set/train/x>../../store/x set/train/y>../../store/y")
-    train, _ = load_data("folder", f"{path}/set")
+                    "set/train/#1/4.png set/train/x>../../store/x set/train/y>../../store/y "
+                    "set/val/x/5.png")
+    train, test = load_data("folder", f"{path}/set")
     assert train.classes == ["#1", "@", "x", "y"]
-    assert train.labels.bincount().tolist() == [1, 1, 2, 1]
+    assert train.labels.tolist() == [0, 1, 2, 2, 3] and test.labels.tolist() == [2]
 
 
 @pytest.mark.parametrize("closed", ["train/cat", "val/cat", "train/dog/deep", "train"])
@@ -366,14 +359,10 @@ def test_images_of_a_single_level_are_warned_of(tmp_path, capsys, constant, warn
     assert ("3 of 5 images looked at hold a single" in capsys.readouterr().err) == warned
 
 
-def truncated(path):
-    path.write_bytes((path.parent / "00.png").read_bytes()[:2000])
-
-
 @pytest.mark.parametrize("break_it, why", [
-    (lambda path: path.write_text("words"), "cannot identify"), (truncated, "truncated"),
+    (lambda path: path.write_text("words"), "cannot identify"),
+    (lambda path: path.write_bytes((path.parent / "00.png").read_bytes()[:2000]), "truncated"),
     (lambda path: path.symlink_to("/no/such"), "No such file"),
-    (lambda path: path.write_bytes(b""), "cannot identify"),
     (lambda path: Image.new("1", (14000, 14000)).save(path), "decompression bomb"),
     (lambda path: path.symlink_to(path), "Too many levels")])
 def test_an_unreadable_file_is_named_with_its_reason(tmp_path, capsys, break_it, why):
@@ -386,10 +375,6 @@ def test_an_unreadable_file_is_named_with_its_reason(tmp_path, capsys, break_it,
 
 
 # ---------- workers ----------
-
-def keep(image, index):
-    return [torch.full((3, 2, 2), index, dtype=torch.uint8)]
-
 
 def process(image, index):
     return [torch.tensor([os.getpid(), index])]
@@ -423,7 +408,7 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(tmp_path, monkeypat
     write(tmp_path / "a.png")
     monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("no space")))
     with pytest.raises(DataError, match="no space.*--workers 0"):
-        list(loaded(folder_of(tmp_path / "a.png"), [[(keep, 0)]], 1, CPU))
+        list(loaded(folder_of(tmp_path / "a.png"), [[(process, 0)]], 1, CPU))
 
 
 def test_evaluations_share_their_workers_even_after_one_was_left(tmp_path):
@@ -479,7 +464,7 @@ def test_in_memory_a_broken_file_is_replaced_by_the_next_and_never_evaluated(tmp
 def test_more_than_a_tenth_broken_stops_before_the_run_or_within_it(tmp_path, grows):
     train, _ = load_data("folder", str(write_folder(tmp_path)))  # read again from here on
     write_folder(tmp_path, broken=[1, 2, 3], grows=grows)
-    with pytest.raises(ValueError, match="3 of 20"):
+    with pytest.raises(ValueError, match="3 of 20 .*repair or remove"):
         load_data("folder", str(tmp_path))
     with pytest.raises(ValueError, match="3 of 20"):
         views_of(train, (0, torch.arange(10)))

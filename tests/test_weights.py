@@ -4,7 +4,7 @@ import os
 import re
 import runpy
 import sys
-from functools import cache, partial
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -201,13 +201,9 @@ def test_damaged_and_alien_files_are_one_error_that_names_the_path(content, tmp_
     assert str(path) in str(caught.value) and "holds code" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error, message", [
-    (PermissionError(13, "Permission denied"), "weights.pt cannot be read: .*denied"),
-    (RuntimeError("PytorchStreamReader"), "weights.pt is no checkpoint")])
-def test_a_disk_that_fails_is_told_from_a_file_that_is_broken(
-        error, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
-    with pytest.raises(ValueError, match=message):
+def test_a_disk_that_fails_is_told_from_a_file_that_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(ValueError, match="weights.pt cannot be read: .*denied"):
         load_backbone(small(3), written(tmp_path, small(1).state_dict()))
 
 
@@ -220,12 +216,6 @@ def test_the_file_before_is_kept_on_disks_with_and_without_links(links, tmp_path
         write_file(path, lambda file: file.write(content), keep)
     assert path.read_bytes() == b"third" and keep.read_bytes() == b"second"
     assert len([*tmp_path.iterdir()]) == 2
-
-
-def test_a_runs_folder_stands_for_its_checkpoint(tmp_path):
-    written(tmp_path, {"args": TINY, "student": network().state_dict()}, "checkpoint.pt")
-    vit, _ = open_backbone(tmp_path)
-    assert vit.cls_token.equal(network().cls_token) and load_backbone(vit, str(tmp_path)) is vit
 
 
 class Code:
@@ -263,12 +253,8 @@ def test_another_number_of_heads_is_refused(file, width, right, wrong, tmp_path)
 TINY = dict(arch="vit_tiny", image_size=24, patch_size=8)
 
 
-def network(arch="vit_tiny", seed=0, **options):
-    options = dict(image_size=24, patch_size=8) | options
-    return randomized(ARCHS[arch](**options), seed, std=0.1)
-
-
-tiny = cache(network)  # one for all tests that leave it as it is
+def network(**options):
+    return randomized(ARCHS["vit_tiny"](**(dict(image_size=24, patch_size=8) | options)), std=0.1)
 
 
 @pytest.mark.parametrize("content, arch, options", [
@@ -280,16 +266,14 @@ def test_open_backbone_builds_the_network_of_a_file(content, arch, options, tmp_
     assert found == options and vit.pos_embed.equal(network().pos_embed)
 
 
-@pytest.mark.parametrize("args, arch, lacking, message", [
-    (TINY, "vit_small", "", "--arch vit_small contradicts .*vit_tiny"),
-    (None, None, "", "add --arch, one of vit_micro, .*vit_base"),
-    (None, "vit_small", "", r"cls_token is \(1, 1, 192\), not \(1, 1, 384\)"),
-    (None, "vit_tiny", "pos_embed", "pos_embed"),
-    (None, "vit_tiny", "patch_embed.proj.weight", "patch_embed.proj.weight")])
-def test_a_file_without_a_fitting_arch_or_sizes_is_refused(args, arch, lacking, message, tmp_path):
+@pytest.mark.parametrize("arch, lacking, message", [
+    ("vit_small", "", r"cls_token is \(1, 1, 192\), not \(1, 1, 384\)"),
+    ("vit_tiny", "pos_embed", "pos_embed"),
+    ("vit_tiny", "patch_embed.proj.weight", "patch_embed.proj.weight")])
+def test_a_file_without_a_fitting_arch_or_sizes_is_refused(arch, lacking, message, tmp_path):
     weights = without(network().state_dict(), lacking)
     with pytest.raises(ValueError, match=message):
-        open_backbone(written(tmp_path, {"args": args, "model": weights}), arch)
+        open_backbone(written(tmp_path, {"model": weights}), arch)
 
 
 def test_a_dinov2_file_opens_in_two_layouts_and_teaches_by_relations_at_another_size(tmp_path):
