@@ -653,8 +653,8 @@ class System(nn.Module):
 
     def load(self, state):
         """Load what `save` returned; ValueError lists what does not fit, and nothing is loaded."""
-        wrong = [f"{name}: {text}"
-                 for name, own in self.save().items() for text in misfits(own, state.get(name))]
+        wrong = [f"{name}: {text}" for name, expected in self.save().items()
+                 for text in misfits(expected, state.get(name))]
         if wrong:
             raise ValueError(listed(wrong))
         for name, part in self.parts().items():

@@ -353,11 +353,11 @@ def differences(old, new, prefix=""):
 def load_state(state, system, optimizer):
     """Restore networks and optimizer, all or nothing: ValueError where the file does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
-           for i, p in enumerate(parameters)}
+    expected = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
+                for i, p in enumerate(parameters)}
     moments = state.get("optimizer", {}).get("state", {})
     wrong = [f"optimizer of parameter {i}: {text}"
-             for i, found in moments.items() for text in misfits(own.get(i, {}), found)]
+             for i, found in moments.items() for text in misfits(expected.get(i, {}), found)]
     if wrong:
         raise ValueError(listed(wrong))
     system.load(state)
@@ -373,13 +373,13 @@ def resume(args, system, optimizer):
         return 0, 0, {}
     if os.path.isdir(args.resume):
         args.resume = os.path.join(args.resume, "checkpoint.pt")
-    own = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
-    own = [path for path in own if os.path.exists(path)]
+    ours = [os.path.join(args.out_dir, name) for name in ("checkpoint.pt", "previous.pt")]
+    ours = [path for path in ours if os.path.exists(path)]
     # a path begins another run from that state; a state in --out-dir must be of this very run
     given = args.resume not in ("auto", "none")
-    new_run = given and (not own or os.path.realpath(args.resume) in map(os.path.realpath, own))
+    new_run = given and (not ours or os.path.realpath(args.resume) in map(os.path.realpath, ours))
     unreadable = []
-    for path in [args.resume] if new_run else own:
+    for path in [args.resume] if new_run else ours:
         try:
             state = read_file(path)
             step = state.get("step")
@@ -415,7 +415,7 @@ def resume(args, system, optimizer):
         if changed:
             changed = f"; it was made with {changed}: from here the run is not bitwise the same"
         print(one_line(f"resumed {path} at step {step}{had}{changed}"))
-    return step, state.get("skipped_steps", 0), {} if new_run else state.get("row", {})
+    return step, state.get("skipped_steps", 0), state.get("row", {}) if ours else {}
 
 
 def open_folder(args, step):

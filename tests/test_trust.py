@@ -94,7 +94,8 @@ def test_a_resume_repairs_the_log(edit, base, whole, tmp_path):
         assert run(tmp_path, base, "--max-steps", stop) == 0
         log = tmp_path / "log.jsonl"
         log.write_bytes(EDITS[edit](log.read_bytes()))
-    assert run(tmp_path, base) == 0
+    own_state = f"{tmp_path}/./checkpoint.pt"  # in another spelling
+    assert run(tmp_path, base, "--resume", own_state) == 0
     assert_same_run(tmp_path, whole)
 
 
