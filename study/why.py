@@ -11,6 +11,9 @@ What a linear map can read is unchanged, the shape is the other network's. If re
 shape alone, then a base system with the spectrum of its sum is as good as the sum, and the sum with
 the spectrum of its base as bad as the base. No label is used. Five labels per class, the draws of
 eval_linear.py; the classifiers are its ridge regression and the nearest mean of a class.
+
+The last column is about neighbourhoods: of the ten nearest test images to a test image (cosines of
+centred features), the share that the student's whole view and its teacher's have in common.
 """
 import statistics
 import sys
@@ -21,11 +24,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import markdown, name_of, plus_minus, read_run
+from analyze import markdown, name_of, open_run, plus_minus, read_run
 from data import load_data
 from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
-from weights import open_backbone
+from losses import cosines
 
 PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0")]
 
@@ -62,6 +65,19 @@ def separation(x, labels):
     return (means.square().sum(1).mean() / (x - means[labels]).square().sum(1).mean()).item()
 
 
+def shared_neighbours(a, b, k=10):
+    """Percent of the k nearest rows to a row of `a` (N, D) that are also its nearest in `b`."""
+    shared = 0
+    for rows in torch.arange(len(a)).split(1000):
+        near = []
+        for x in (a, b):
+            cos = cosines(x[rows], x)
+            cos[torch.arange(len(rows)), rows] = -2.0  # not itself
+            near.append(cos.topk(k, 1).indices)
+        shared += (near[0].unsqueeze(2) == near[1].unsqueeze(1)).sum().item()
+    return 100 * shared / (k * len(a))
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, help="folder of the runs")
@@ -70,9 +86,13 @@ def main():
     runs, sets = args.runs, load_data("folder", args.data)
 
     def features(name, seed):
-        vit, options = open_backbone(runs / f"few-cifar10-{name}-s{seed}")
-        found = [extract_features(vit, data, 32, options["pool"]) for data in sets]
-        return [(x - found[0][0].mean(0), labels) for x, labels in found]
+        """Centred (features, labels) of both sets by the teacher, and its shared neighbours."""
+        options, system, _ = open_run(runs / f"few-cifar10-{name}-s{seed}", sets=sets)
+        teacher = [extract_features(system.teacher.backbone, x, 32, options.pool) for x in sets]
+        mean = teacher[0][0].mean(0)
+        found = [(x - mean, labels) for x, labels in teacher]
+        student = extract_features(system.student.backbone, sets[1], 32, options.pool)[0]
+        return found, shared_neighbours(student - student.mean(0), found[1][0])
 
     rows = []
     for pair in PAIRS:
@@ -80,23 +100,27 @@ def main():
                                             for name in pair)]
         results = {}
         for seed in seeds:
-            own = {name: features(name, seed) for name in pair}
+            own, shared = {}, {}
+            for name in pair:
+                own[name], shared[name] = features(name, seed)
             variance = {name: spectrum(x[0][0])[0] for name, x in own.items()}
             for name in pair:
                 dimension = (variance[name].sum()**2 / variance[name].square().sum()).item()
                 for shape in pair:
                     seen = own[name] if shape == name else with_spectrum(own[name], variance[shape])
-                    results.setdefault((name, shape), []).append(
-                        (*few_label_accuracies(*seen), separation(*seen[0]), dimension))
+                    results.setdefault((name, shape), []).append((
+                        *few_label_accuracies(*seen), separation(*seen[0]), dimension,
+                        shared[name]))
         for (name, shape), found in results.items():
-            ridge, nearest, apart, dimension = zip(*found)
+            ridge, nearest, apart, dimension, shared = zip(*found)
             said, other = (name_of(read_run(runs / f"few-cifar10-{x}-s{seeds[0]}"))
                            for x in (name, shape))
             rows.append([said, "its own" if shape == name else f"of {other}",
                          plus_minus(ridge), plus_minus(nearest), plus_minus(apart, 2),
-                         plus_minus(dimension, 0) if shape == name else "", str(len(found))])
+                         *((plus_minus(dimension, 0), plus_minus(shared)) if shape == name
+                           else ("", "")), str(len(found))])
     print(markdown(["features", "spectrum", "ridge, 5 per class", "nearest class mean, 5 per class",
-                    "between / within", "dimensions", "n"], rows))
+                    "between / within", "dimensions", "shared neighbours, %", "n"], rows))
 
 
 if __name__ == "__main__":

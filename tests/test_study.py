@@ -10,7 +10,7 @@ from conftest import ROOT, cloud
 sys.path.insert(0, str(ROOT / "study"))
 
 from generalise import holm, p_value, quantile  # noqa: E402
-from why import few_label_accuracies, spectrum, with_spectrum  # noqa: E402
+from why import few_label_accuracies, shared_neighbours, spectrum, with_spectrum  # noqa: E402
 
 
 def test_students_t_has_the_values_of_its_tables():
@@ -42,3 +42,12 @@ def test_both_classifiers_of_few_labels_learn_separate_classes():
     labels = torch.arange(400) % 4
     x = 4 * torch.nn.functional.one_hot(labels, 8).float() + cloud(400, 8)
     assert min(few_label_accuracies((x[:200], labels[:200]), (x[200:], labels[200:]))) > 90
+
+
+def test_shared_neighbours_are_those_found_one_by_one():
+    a, b = cloud(60, 8), cloud(60, 8, seed=1)
+    near = [[{*sorted({*range(60)} - {i}, key=lambda j, x=x, i=i: -(x[j] @ x[i]) / x[j].norm())[:5]}
+             for i in range(60)] for x in (a, b)]
+    share = sum(len(one & two) for one, two in zip(*near)) / (5 * 60)
+    assert shared_neighbours(a, b, k=5) == pytest.approx(100 * share)
+    assert shared_neighbours(a, 3 * a, k=5) == 100
