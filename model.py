@@ -91,16 +91,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x):
-        """q, k and v: (B, N, D) -> (3, B, H, N, D / H)."""
+    def heads(self, x, part=slice(None)):
+        """q, k and v, or a slice of these three: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        weight, bias = (w.unflatten(0, (3, D))[part].flatten(0, 1) for w in self.qkv.parameters())
+        qkv = F.linear(x, weight, bias).view(B, N, -1, self.num_heads, D // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cls_only=False):
-        q, k, v = self.heads(x)
-        q = q[:, :, :1] if cls_only else q  # CLS alone asks
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = ((*self.heads(x[:, :1], slice(0, 1)), *self.heads(x, slice(1, 3))) if cls_only
+               else self.heads(x))  # with `cls_only` no other token's query is computed
+        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
     def weights(self, x):
         """The attention map (B, H, N, N), for pictures and for attention-guided masks."""
@@ -141,7 +142,8 @@ class Block(nn.Module):
 
     def forward(self, x, cls_only=False):
         """(B, N, D) -> (B, N, D), or with `cls_only` the first token (B, 1, D) from one query."""
-        x = (x[:, :1] if cls_only else x) + self.drop_branch(self.ls1(self.attn(self.norm1(x), cls_only)))
+        mixed = self.attn(self.norm1(x), cls_only)
+        x = (x[:, :1] if cls_only else x) + self.drop_branch(self.ls1(mixed))
         return x + self.drop_branch(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -213,8 +215,8 @@ class VisionTransformer(nn.Module):
             if len({*V}) > 1:
                 raise ValueError("dropping needs as many visible patches in each image, not "
                                  f"{min(V)} to {max(V)}")
-            visible = (~mask).nonzero()[:, 1].view(B, -1)  # (B, V)
-            kept = to_device(visible, images.device)
+            kept = (~mask).nonzero()[:, 1].view(B, -1)  # the visible patches
+            kept = to_device(kept, images.device)  # (B, V)
             rows = torch.arange(B, device=images.device).unsqueeze(1)
             x = self.patch_embed(patches[rows, kept]) + pos[0, 1:][kept]
         else:

@@ -155,9 +155,13 @@ class Batch:
     def teacher_points(self, term):
         return on_views(self.teacher.heads[term], self.teacher_features)
 
+    @cached_property
+    def hidden(self):
+        return places(self.mask, self.globals.device)
+
     def at_hidden(self, x):
         """(G·B, N, ..) -> its rows at the hidden patches, (M, ..)."""
-        return x.flatten(0, 1)[places(self.mask, x.device)]
+        return x.flatten(0, 1)[self.hidden]
 
     @property
     def temperatures(self):
