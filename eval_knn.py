@@ -237,19 +237,20 @@ def held_out(count):
 
 def draw_labelled(labels, shots, *seed):
     """`shots` random indices of each class -> (shots, C); each row has one image of each class."""
-    check_shots(labels, shots)
+    counts = check_shots(labels, shots)
     order = torch.randperm(len(labels), generator=generator(*seed))
     order = order[labels[order].argsort(stable=True)]  # class after class
-    counts = labels.unique(return_counts=True)[1]
     return order[counts.cumsum(0) - counts + torch.arange(shots).unsqueeze(1)]
 
 
 def check_shots(labels, shots):
-    """ValueError where a class has fewer images than `shots`."""
-    least = min(labels.unique(return_counts=True)[1].tolist(), default=0)
+    """Number of images per class, (C,); ValueError where a class has fewer than `shots`."""
+    counts = labels.unique(return_counts=True)[1]
+    least = min(counts.tolist(), default=0)
     if shots > least:
         raise ValueError(f"--shots {shots}: the smallest class of the training set has {least} "
                          "images: take at most that")
+    return counts
 
 
 def few_label_top1(train, tests, labelled, settings, scores):

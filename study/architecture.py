@@ -92,18 +92,16 @@ def run(main, *words):
     return printed.getvalue().splitlines()[-1]
 
 
-def train_and_measure(folder, sets, loss, options, factor, seed):
+def train_and_measure(folder, loss, options, factor, seed):
     """One run: its checkpoint and evals.jsonl in `folder`."""
     usual = OBJECTIVES[loss]
     if factor in HEADS:
         OBJECTIVES[loss] = replace(usual, head=head_of(factor, loss))
     arch = "vit_micro" if factor == "base" else f"vit_micro, {factor}"
-    train.load_data = lambda *_: (sets[0], None)  # no evaluation on the way
-    run(train.main, "--data-path", "cifar10", "--loss", loss, *COMMON, *options.split(), "--arch",
-        arch, *OPTIONS.get(factor, MOMENTA.get(factor, "")).split(), "--seed", seed, "--out-dir",
-        folder)
+    options = f"{options} {(OPTIONS | MOMENTA).get(factor, '')}".split()
+    run(train.main, "--data-path", "cifar10", "--loss", loss, *COMMON, *options, "--arch", arch,
+        "--seed", seed, "--out-dir", folder)
     OBJECTIVES[loss] = usual
-    eval_knn.load_data = lambda *_: sets
     words = ["--checkpoint", folder, "--data-path", "cifar10", "--cache", folder / "cache"]
     results = [run(eval_linear.main, *words, "--epochs", 30),
                run(eval_linear.main, *words, "--shots", 5)]
@@ -112,6 +110,8 @@ def train_and_measure(folder, sets, loss, options, factor, seed):
 
 def train_all(data, runs):
     sets = load_data("folder", data)
+    eval_knn.load_data = lambda *_: sets  # read once for all runs
+    train.load_data = lambda *_: (sets[0], None)  # no evaluation on the way
     add_archs()
     for seed in SEEDS:
         for factor in FACTORS:
@@ -122,7 +122,7 @@ def train_all(data, runs):
                 folder = runs / f"arch-{loss}-{name}-s{seed}"
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir(parents=True)
-                    train_and_measure(folder, sets, loss, options, factor, seed)
+                    train_and_measure(folder, loss, options, factor, seed)
 
 
 def draw(path):
