@@ -25,13 +25,16 @@ MEASURED_ON = {"cifar10": "cifar10", "imagenette": "imagenette96", "textures": "
 RKD, EQUAL = "RKD, unmasked", "RKD, unmasked, all distances equal"
 PAIRS = [("DINO + RKD (weight 5)", "DINO"), ("MoCo v3 + RKD, no pull", "MoCo v3"), (RKD, EQUAL),
          (RKD, "SimCLR")]
-NAMED = [(*pair, axis) for axis in ("5 per class", "Imagenette", "shifted") for pair in PAIRS[:3]]
-NAMED += [(*PAIRS[3], "5 per class")]  # on CIFAR-10
 CONTROLS = [("DINO + RKD (weight 5)", "DINO + RKD (weight 5), all distances equal"),
             ("MoCo v3 + RKD, no pull", "MoCo v3 + RKD, all distances equal, no pull")]
-NAMED_LATER = [(*pair, axis) for axis in ("1 per class", "5 per class") for pair in CONTROLS]
-FRESH_SEEDS = range(3, 8)  # those of NAMED_LATER
 MORE = [*CONTROLS, (RKD, "RKD, masked")]
+FEW = ["1 per class", "5 per class"]
+# named before looking, a list for each time: (trained on, seeds, system, base, axis)
+FAMILIES = [
+    [("cifar10", range(5), *pair, axis) for axis in ("5 per class", "Imagenette", "shifted")
+     for pair in PAIRS[:3]] + [("cifar10", range(5), *PAIRS[3], "5 per class")],
+    [("cifar10", range(3, 8), *pair, axis) for axis in FEW for pair in CONTROLS],
+]
 
 
 def axes(own):
@@ -89,18 +92,26 @@ def holm(p):
     return adjusted
 
 
-def named_table(systems, family):
-    """Markdown of a family of (system, base, axis): difference, p-value, corrected p-value."""
-    found = [paired(systems[system], systems[base], axis) for system, base, axis in family]
+def differences(groups, own, seeds, system, base, axis):
+    """Of one named comparison, paired by seed."""
+    runs = [run for run in groups[own][system] if run.args["seed"] in seeds]
+    return paired(runs, groups[own][base], axis)
+
+
+def named_table(groups, family):
+    """Markdown of a family of comparisons: difference, p-value, corrected p-value."""
+    found = [differences(groups, *comparison) for comparison in family]
     p = [p_value(one) for one in found]
-    rows = [[f"{system} − {base}", axis, plus_minus(one, sign="+"), str(len(one)), f"{raw:.3f}",
-             f"{adjusted:.3f}"]
-            for (system, base, axis), one, raw, adjusted in zip(family, found, p, holm(p))]
-    return markdown(["comparison", "axis", "difference", "n", "p", "p, Holm"], rows)
+    rows = [[SETS[own], f"{system} − {base}", axis, plus_minus(one, sign="+"), str(len(one)),
+             f"{raw:.3f}", f"{adjusted:.3f}"]
+            for (own, _, system, base, axis), one, raw, adjusted in zip(family, found, p, holm(p))]
+    return markdown(["trained on", "comparison", "axis", "difference", "n", "p", "p, Holm"], rows)
 
 
-def draw(systems, fresh, path):
+def draw(groups, path):
     """One panel per axis, trained on CIFAR-10: differences with the intervals of their family."""
+    named = {tuple(each): (seeds, len(family)) for family in FAMILIES
+             for own, seeds, *each in family if own == "cifar10"}  # the last family that names it
     titles = {"all labels": "all labels", "1 per class": "1 label\nper class",
               "5 per class": "5 labels\nper class", "Imagenette": "other data:\nImagenette",
               "shifted": "shifted\ntest images"}
@@ -108,14 +119,12 @@ def draw(systems, fresh, path):
     figure, [places] = new_figure(1, len(titles), 3.6, sharey=True, sharex=True)
     for place, (axis, title) in zip(places, titles.items()):
         for y, (system, base) in enumerate(pairs):
-            one = (system, base, axis)
-            family = next((named for named in (NAMED, NAMED_LATER) if one in named), [one])
-            of_seeds = fresh if family is NAMED_LATER else systems
-            found = paired(of_seeds[system], of_seeds[base], axis)
-            mean, half = interval(found, [quantile(1 - 0.05 / len(family), len(found) - 1)])
+            seeds, number = named.get((system, base, axis), (range(1000), 1))
+            found = differences(groups, "cifar10", seeds, system, base, axis)
+            mean, half = interval(found, [quantile(1 - 0.05 / number, len(found) - 1)])
             place.plot(found, [y + 0.25] * len(found), ".", ms=3, color="0.6")
             place.errorbar(mean, y, xerr=half, capsize=3, fmt="o", color="black",
-                           mfc="white" if family == [one] else "black")
+                           mfc="black" if (system, base, axis) in named else "white")
         place.axvline(0, color="black", lw=1)
         place.grid(axis="x", color="0.9")
         place.set(title=title, xlabel="points")
@@ -145,11 +154,9 @@ def main():
                 for (a, b), found in zip(pairs, each)]
         print(markdown([f"difference, {SETS[own]}", *axes(own), "n"], rows), "\n")
 
-    print(named_table(groups["cifar10"], NAMED), "\n")
-    fresh = {name: [run for run in runs if run.args["seed"] in FRESH_SEEDS]
-             for name, runs in groups["cifar10"].items()}
-    print(named_table(fresh, NAMED_LATER))
-    draw(groups["cifar10"], fresh, out)
+    for family in FAMILIES:
+        print(named_table(groups, family), "\n")
+    draw(groups, out)
 
 
 if __name__ == "__main__":
