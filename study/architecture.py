@@ -10,6 +10,7 @@ Several processes may share the work: each takes a run that has no folder yet.
 import contextlib
 import functools
 import io
+import math
 import statistics
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ import train
 from analyze import new_figure, read_runs
 from data import load_data
 from eval_knn import Parser
+from generalise import heat_map
 from model import ARCHS, PrototypeHead, VisionTransformer, mlp_head
 from objectives import OBJECTIVES, batchnorm_mlp
 
@@ -133,25 +135,19 @@ def draw(path):
         found[each.args["loss"], factor, each.args["seed"]] = each.measured
     figure, [places] = new_figure(1, 2, 5.2, sharey=True)
     for place, (measure, title) in zip(places, MEASURES.items()):
-        changes = torch.full((len(FACTORS), len(SYSTEMS)), float("nan"))
-        for i, factor in enumerate(FACTORS):
-            for j, (loss, _) in enumerate(SYSTEMS.values()):
-                pairs = [(found[loss, factor, seed][measure], found[loss, "base", seed][measure])
-                         for seed in SEEDS if (loss, factor, seed) in found]
-                each = [own - base for own, base in pairs]
-                if factor == "base":
-                    text = f"{statistics.mean(base for _, base in pairs):.1f}"
-                elif each:
-                    changes[i, j] = statistics.mean(each)
-                    text = f"{changes[i, j]:+.1f}"
-                else:
-                    text = "base" if factor in OWN[loss] else ""
-                place.text(j, i, text, ha="center", va="center", fontsize=8,
-                           color="white" if abs(changes[i, j]) > 6 else "black")
-        place.imshow(changes, cmap="RdBu", vmin=-10, vmax=10, aspect="auto")
+        def cell(factor, loss):
+            pairs = [(found[loss, factor, seed][measure], found[loss, "base", seed][measure])
+                     for seed in SEEDS if (loss, factor, seed) in found]
+            if factor == "base":
+                return math.nan, f"{statistics.mean(base for _, base in pairs):.1f}", False
+            if not pairs:
+                return math.nan, "base" if factor in OWN[loss] else "", False
+            change = statistics.mean(own - base for own, base in pairs)
+            return change, f"{change:+.1f}", False
+
+        cells = [[cell(factor, loss) for loss, _ in SYSTEMS.values()] for factor in FACTORS]
+        heat_map(place, cells, ["base: accuracy, %", *FACTORS[1:]], SYSTEMS, 10)
         place.set(title=f"change of accuracy, points: {title}")
-        place.set_xticks(range(len(SYSTEMS)), [name.replace(", ", ",\n") for name in SYSTEMS])
-        place.set_yticks(range(len(FACTORS)), ["base: accuracy, %", *FACTORS[1:]])
     figure.savefig(path)
 
 

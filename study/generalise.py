@@ -1,6 +1,6 @@
 """Does relational distillation generalise? The comparisons that were named before looking.
 
-    python study/generalise.py          # tables from study/runs.jsonl, assets/generalisation.png
+    python study/generalise.py    # tables from study/runs.jsonl, both pictures of assets/
 
 A value of a run is its accuracy on one axis; a difference is paired by seed. Student's t gives the
 p-value of the mean difference, Holm's method (1979) corrects each family of named comparisons,
@@ -137,26 +137,58 @@ def draw(groups, path):
     figure.savefig(path)
 
 
+def heat_map(place, cells, rows, columns, limit):
+    """Cells (value, text, is it bold?) by row and column; colours from -limit to limit."""
+    values = [[value for value, _, _ in row] for row in cells]
+    place.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for i, row in enumerate(cells):
+        for j, (value, text, bold) in enumerate(row):
+            place.text(j, i, text, ha="center", va="center", fontsize=8,
+                       color="white" if abs(value) > 0.6 * limit else "black",
+                       weight="bold" if bold else "normal")
+    place.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
+    place.set_yticks(range(len(rows)), rows)
+
+
+def draw_all(found, path):
+    """A heat map per training set: differences (pair by axis), bold where their interval does."""
+    heights = [len(pairs) for pairs in found.values()]
+    figure, places = new_figure(len(found), 1, 2.4 + 0.21 * sum(heights), height_ratios=heights)
+    for [place], (own, pairs) in zip(places, found.items()):
+        cells, names = [], []
+        for (a, b), each in pairs.items():
+            mean = {axis: statistics.mean(values) for axis, values in each.items()}
+            cells.append([(mean[axis], f"{mean[axis]:+.1f}", difference(each[axis])[0] == "*")
+                          for axis in mean])
+            name = f"{a} − {'equal distances' if 'equal' in b else b}, n = {len(each['k-NN'])}"
+            names.append(name.replace(" (weight 5)", "").replace(", no pull", ""))
+        heat_map(place, cells, names, axes(own), 10)
+        place.set_title(f"trained on {SETS[own]}: difference of accuracy, points")
+    figure.savefig(path)
+
+
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--out", default=ROOT / "assets" / "generalisation.png", help="picture")
+    parser.add_argument("--out", default=ROOT / "assets", type=Path, help="folder of the pictures")
     out = parser.parse_args().out
     groups = {own: read_groups(own) for own in SETS}
+    found = {}
     for own, systems in groups.items():
         rows = [[name, *(plus_minus([run.measured[axis] for run in systems[name]
                                      if axis in run.measured]) for axis in axes(own)),
                  str(len(systems[name]))]
                 for name in sorted(systems)]
         print(markdown([f"trained on {SETS[own]}", *axes(own), "n"], rows), "\n")
-        pairs = [pair for pair in PAIRS + MORE if {*pair} <= {*systems}]
-        each = [[paired(systems[a], systems[b], axis) for axis in axes(own)] for a, b in pairs]
-        rows = [[f"{a} − {b}", *map(difference, found), str(len(found[0]))]
-                for (a, b), found in zip(pairs, each)]
+        found[own] = {(a, b): {axis: paired(systems[a], systems[b], axis) for axis in axes(own)}
+                      for a, b in PAIRS + MORE if {a, b} <= {*systems}}
+        rows = [[f"{a} − {b}", *map(difference, each.values()), str(len(each["k-NN"]))]
+                for (a, b), each in found[own].items()]
         print(markdown([f"difference, {SETS[own]}", *axes(own), "n"], rows), "\n")
 
     for family in FAMILIES:
         print(named_table(groups, family), "\n")
-    draw(groups, out)
+    draw(groups, out / "generalisation.png")
+    draw_all(found, out / "generalisation_all.png")
 
 
 if __name__ == "__main__":
