@@ -78,8 +78,8 @@ def test_nothing_runs_what_it_reads(path):
 
 # ---------- the READMEs ----------
 
-README, STUDY, PROMISES = (
-    (ROOT / place / "README.md").read_text() for place in ("", "study", "tests"))
+README, PROMISES = ((ROOT / place / "README.md").read_text() for place in ("", "tests"))
+STUDY = "\n".join(path.read_text() for path in sorted((ROOT / "study").glob("*.md")))
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 RECORD = """
@@ -119,6 +119,7 @@ def parse_with(script, words):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+        patch.syspath_prepend((ROOT / script).parent)  # as `python script` does
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
