@@ -9,12 +9,14 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import parse_args as parse_torchrun
 
+import analyze
 import conftest
 from conftest import ROOT
 
@@ -159,6 +161,16 @@ def test_the_readme_is_read_in_one_sitting():
     prose = [line for line in FENCED.sub("", README).splitlines() if not line.startswith("|")]
     assert len(README.splitlines()) <= 180 and len(README.split()) <= 2000
     assert max(map(len, prose)) <= 130
+
+
+@pytest.mark.parametrize("words", [words for words in commands(STUDY)
+                                   if "study/runs.jsonl" in words], ids=" ".join)
+def test_each_table_and_figure_of_the_runs_can_be_made(words, tmp_path, monkeypatch, capsys):
+    out = ["--out", str(tmp_path / "picture.png")] * ("--out" in words)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*words[1:], *out])
+    analyze.main()
+    assert "| n |" in capsys.readouterr().out or (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.parametrize("place, text", [("", README), ("study", STUDY), ("tests", PROMISES)])
