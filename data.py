@@ -44,7 +44,7 @@ class Images:
     """A set in memory: uint8 images (N, 3, height, width), labels (N,), -1 where there is none."""
 
     def __init__(self, images, labels, classes, files=(), root=""):
-        self.images, self.labels, self.classes, self.unreadable = images, labels, classes, set()
+        self.images, self.labels, self.classes, self.unreadable = images, labels, classes, {}
         self.files, self.root = files, root  # of a set that was read from disk
 
     def __len__(self):
@@ -76,7 +76,7 @@ class Folder(torch.utils.data.Dataset):
 
     def __init__(self, files, labels, classes, root=""):
         self.files, self.labels, self.classes = files, torch.tensor(labels), classes
-        self.root, self.unreadable = root, set()
+        self.root, self.unreadable = root, {}  # index -> why
 
     def __len__(self):
         return len(self.files)
@@ -101,15 +101,20 @@ class Folder(torch.utils.data.Dataset):
         raise DataError(f"no image of this set can be read: {bad[index]}")
 
     def report(self, bad, looked_at=None):
-        """Name files found unreadable, once per process; stop above a tenth of those looked at."""
-        new = {i: f"{self.files[i]} ({bad[i]})" for i in sorted(set(bad) - self.unreadable)}
-        self.unreadable.update(new)
+        """Name files found unreadable, once; DataError where they are too many.
+
+        That is above a tenth of the set; of a sample of it above a fifth, as its share varies.
+        """
+        new = sorted({*bad} - {*self.unreadable})
+        self.unreadable |= bad
         count, looked_at = len(self.unreadable), looked_at or len(self)
-        if count > 0.1 * looked_at:
-            raise DataError(f"{count} of {looked_at} images cannot be read, more than 10 %: repair "
-                            f"or remove {', '.join([*new.values()][:10])}")
-        for text in new.values():
-            print(f"unreadable, skipped: {text}", file=sys.stderr)
+        most = 10 if looked_at == len(self) else 20  # percent
+        text = {i: f"{self.files[i]} ({why})" for i, why in self.unreadable.items()}
+        if count > most / 100 * looked_at:
+            raise DataError(f"{count} of {looked_at} images cannot be read, more than {most} %: "
+                            f"repair or remove {', '.join([*text.values()][:10])}")
+        for i in new:
+            print(f"unreadable, skipped: {text[i]}", file=sys.stderr)
 
 
 def fingerprint(data):

@@ -377,7 +377,7 @@ def cached_features(args, vit, data, shift=None):
             path = os.path.join(args.cache, hashlib.sha256(key + file.read()).hexdigest() + ".pt")
         with contextlib.suppress(Exception):  # not there, or cut short when its writer was killed
             *found, unreadable = torch.load(path, weights_only=True)
-            data.unreadable = set(unreadable)
+            data.unreadable = dict.fromkeys(unreadable, "when the cache was written")
     if all(all_gather(bool(found))):  # a process without it would wait for the others for ever
         return found
     found = extract_features(vit, data, args.image_size, args.pool, args.device,

@@ -550,6 +550,19 @@ def over_ranks(logs, world):
     return dict(zip(logs, (values / world).tolist()))
 
 
+def agree(signals, data, batches):
+    """The largest signal of all ranks; files that any rank could not read count together."""
+    received, unreadable = zip(*all_gather((max(signals, default=0), data.unreadable)))
+    if any(unreadable):
+        for found in unreadable:
+            data.unreadable |= found
+        try:
+            data.report({})
+        except DataError as error:
+            batches.error = error
+    return max(received)
+
+
 class Prefetched:
     """The pieces of the current batch, and how fast batches came since the last row."""
 
@@ -742,7 +755,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
         saving = evaluating or done % args.save_every == 0 or done == stop
         logging = saving or done == 1 or done % args.log_every == 0
         if logging or device.type == "cpu":  # a GPU would have to wait at every step
-            stopped_by = max(all_gather(max(signals, default=0)))
+            stopped_by = agree(signals, train_set, batches)
         if logging or stopped_by:
             row = dict(step=done, epoch=done * args.batch_size / len(train_set),
                        **over_ranks(dict(loss=loss, **logs), world), lr=lr,

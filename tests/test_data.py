@@ -1,4 +1,5 @@
 """Data: crops and colours against torchvision, batches as functions of their keys, folders."""
+import contextlib
 import math
 import os
 import shutil
@@ -468,6 +469,15 @@ def test_more_than_a_tenth_broken_stops_before_the_run_or_within_it(tmp_path, gr
         load_data("folder", str(tmp_path))
     with pytest.raises(ValueError, match="3 of 20"):
         views_of(train, (0, torch.arange(10)))
+
+
+@pytest.mark.parametrize("looked_at, bad, stops", [
+    (2000, 200, False), (2000, 201, True), (256, 40, False), (256, 60, True)])
+def test_a_tenth_of_the_set_counts_and_a_sample_of_it_may_hold_more(looked_at, bad, stops, capsys):
+    folder = folder_of(*range(2000))
+    with pytest.raises(DataError, match=f"{bad} of") if stops else contextlib.nullcontext():
+        folder.report(dict.fromkeys(range(bad), "why"), looked_at)
+    assert capsys.readouterr().err.count("why") == (0 if stops else bad)
 
 
 @pytest.mark.parametrize("name, kind, axes", [("cifar10", "CIFAR10", (0, 3, 1, 2)),

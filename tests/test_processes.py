@@ -15,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import analyze
@@ -197,6 +199,20 @@ def test_a_problem_of_one_process_ends_all_and_its_text_is_said(rank, base, star
     assert 0 not in [status(process, 40) for process in both]
     assert "/no/such" in both[0].said() + both[1].said()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_images_that_cannot_be_read_count_over_all_processes(start, tmp_path):
+    files = sorted(write_textures(tmp_path / "set", 600, 0).rglob("*.png"))
+    Image.new("RGB", (40, 40)).save(files[0])  # sets of several sizes stay on disk
+    looked_at = np.linspace(0, 599, 256).astype(int)  # by `in_memory`, before the run
+    for i in np.setdiff1d(np.arange(600), looked_at)[:90]:  # each process meets less than a tenth
+        files[i].write_text("words")
+    words = [TRAIN, "--data-path", tmp_path / "set", "--batch-size", 40, "--max-steps", 15,
+             "--device", "cpu", "--workers", 0, "--out-dir", tmp_path / "run"]
+    both = start.ranks(words, words)
+    assert [status(process, 60) for process in both] == [2, 2]
+    assert all("of 600 images cannot be read, more than 10 %" in process.said() for process in both)
+    assert state_of(tmp_path / "run")["step"] > 0
 
 
 # ---------- evaluation ----------
