@@ -192,6 +192,8 @@ def refuse(args):
     frozen = "dbot" if "dbot" in terms else "--teacher-checkpoint" if given else (
         f"--stages {args.stages}" if args.stages > 1 else "")
     rules = [
+        (args.patch_size > args.image_size, f"--patch-size {args.patch_size} is more than "
+         f"--image-size {args.image_size}: lower it"),
         (args.hide != hide,
          f"--hide {args.hide} does not fit {predicting}: it needs --hide {hide}"),
         (args.hide == "drop" and uneven, "--mask-spread and --mask-probability hide more in one "

@@ -82,6 +82,7 @@ WRONG = {
         ("--batch-size 15 --grad-accum 2", "--batch-size 15|multiple of 2"),
         ("--epochs 0.01", "0.01|raise --epochs"),
         ("--crop-scale 0.9 0.3", "--crop-scale|0.9"),
+        ("--patch-size 64", "--patch-size 64|--image-size 32|lower it"),
         ("--mask-unit 3", "--mask-unit 3|take 1"),
         ("--mask-unit 2 --mask-ratio 0.9", "--mask-ratio 0.9|lower it"),
         ("--loss beit --mask-probability 0", "--mask-probability 0|raise"),
