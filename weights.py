@@ -135,7 +135,7 @@ def heads_in(options, prefix, width):
 
 def flat(tree, prefix="", depth=4):
     """Dicts in dicts -> one {dotted name: tensor}: whatever a file is wrapped in is a prefix."""
-    found = {f"{prefix}{name}": x for name, x in tree.items() if is_floats(x)}
+    found = {f"{prefix}{name}": x for name, x in tree.items() if isinstance(x, torch.Tensor)}
     if depth and not any(name.endswith("cls_token") for name in found):
         for name, x in tree.items():
             found |= flat(x, f"{prefix}{name}.", depth - 1) if isinstance(x, dict) else {}
@@ -170,6 +170,9 @@ def read_weights(path):
     decoder = any(name.startswith("decoder") for name in weights)
     outside = ("decoder_", "head.", "head_dist.", "pooler.") + ("mask_token",) * decoder
     weights = {name: x for name, x in weights.items() if not name.startswith(outside)}
+    for name, x in weights.items():
+        if not is_floats(x):
+            raise ValueError(f"{path} cannot be loaded: {name} is no dense tensor of floats")
     if "mask_token" in weights:
         weights["mask_token"] = weights["mask_token"].reshape(1, 1, -1)  # (1, D) in both
     lacking = [f"{what} ({name})" for pattern, what in LACKING.items()

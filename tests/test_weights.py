@@ -145,6 +145,9 @@ def test_safetensors_without_the_package_asks_for_it(tmp_path, monkeypatch):
     ("; and 16 more", lambda w: {name: x for name, x in w.items() if "blocks." not in name}),
     ("unexpected blocks.0.ls1.gamma", lambda w: w | {"blocks.0.ls1.gamma": cloud(D)}),
     ("norm.bias is (33,), not (32,)", lambda w: w | {"norm.bias": cloud(33)}),
+    ("norm.bias is no dense tensor of floats", lambda w: w | {"norm.bias": torch.ones(D).int()}),
+    ("blocks.0.index is no dense tensor", lambda w: w | {"blocks.0.index": torch.zeros(3).int()}),
+    ("mask_token is no dense", lambda w: w | {"mask_token": cloud(1, 1, D).to_sparse()}),
     ("mask_token is (1, 1, 9), not (1, 1, 32)", lambda w: w | {"mask_token": cloud(1, 1, 9)})])
 def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, change, tmp_path):
     vit, path = small(3), written(tmp_path, change(small(1).state_dict()))
