@@ -186,7 +186,9 @@ def knn_scores(train_features, train_labels, test_features, num_classes, ks, tem
     scores = {k: test.new_zeros(len(test), num_classes) for k in ks}
     rows = max(1, 2**23 // len(train))  # bounds the memory; a larger block leaves the cache
     for start in range(0, len(test), rows):
-        cos = (test[start:start + rows] @ train.T).div_(lengths)  # no normalised copy of R x D
+        with torch.autocast(test.device.type, enabled=False):
+            cos = test[start:start + rows] @ train.T
+        cos = cos.div_(lengths)  # no normalised copy of R x D
         cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
         if temperature < 0.02:  # exp would overflow; a factor per row changes no comparison
             cos = cos - cos[:, :1]

@@ -213,7 +213,7 @@ def nt_xent_loss(a, b, temperature):
     are equal. Needs `check_pairs`, `cosines`.
     """
     check_pairs(a, b, 2)
-    views = torch.cat([a, b])
+    views = torch.cat([a.float(), b.float()])
     itself = torch.eye(len(views), dtype=torch.bool, device=a.device)
     logits = (cosines(views, views) / temperature).masked_fill(itself, -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(views), device=a.device).roll(len(a)))
@@ -483,10 +483,11 @@ def angle_vertices(vertices, N, device):
     """A slice, a tensor of indices or None (all) -> indices (K,) of N points, checked."""
     if vertices is None or isinstance(vertices, slice):
         vertices = torch.arange(N)[vertices or slice(None)]
-    elif vertices.device.type == "cpu" and (
+    elif not isinstance(vertices, torch.Tensor) or vertices.device.type == "cpu" and (
             vertices.dtype != torch.int64 or vertices.shape != vertices.unique().shape
             or vertices.lt(0).any() or vertices.ge(N).any()):
-        raise ValueError(f"vertices {vertices.tolist()} must be distinct int64 indices below {N}")
+        raise ValueError(f"vertices {vertices} must be a slice, or distinct int64 indices below "
+                         f"{N} in a tensor")
     if not len(vertices):
         raise ValueError("no vertices: an angle needs at least one")
     pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then

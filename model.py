@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches):
         if hasattr(self, "proj"):
             return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
-        return self.stem(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
+        return self.stem(patches.flatten(0, 1)).flatten(1).unflatten(0, patches.shape[:2])
 
 
 class Attention(nn.Module):
@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
         patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, size=grid, mode="bicubic",  # a factor would mis-round
                                 antialias=self.layer_scale)
-        return torch.cat([cls, patches.flatten(2).mT], 1)
+        return torch.cat([cls, patches.flatten(2).mT], 1).to(self.pos_embed.dtype)
 
     def embed(self, images, mask=None, drop=False):
         """Images to the tokens that enter the first block: CLS, patches, registers."""

@@ -235,6 +235,9 @@ def test_half_precision_and_autocast_give_the_float32_loss_even_with_a_large_off
     half = [(x + 50).to(dtype) for x in points]
     full = [x.float() for x in half]
     in_autocast = torch.autocast("cpu", dtype=dtype)(loss)
+    other = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}[dtype]
+    in_other = torch.autocast("cpu", dtype=other)(loss)
+    assert_close(in_other(*half), loss(*half))
     assert loss(*half).dtype == torch.float32 and loss(*half).dim() == 0
     assert_close(loss(*half), loss(*full), rtol=2e-2, atol=1e-6)
     assert_close(gradient(loss, *half).float(), gradient(loss, *full), rtol=2e-2, atol=1e-3)

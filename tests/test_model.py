@@ -147,7 +147,8 @@ def test_dropping_equals_encoding_the_visible_tokens_alone(extras):
         x = vit.embed(IMAGES[b:b + 1])[:, visible + [1 + N + n for n in range(vit.registers)]]
         expected = vit.norm(vit.blocks[1](vit.blocks[0](x)))[0, :11]
         assert_close(vit(IMAGES, MASK, drop=True)[b], expected)
-    assert vit(IMAGES, hide(range(N), range(N)), drop=True).shape == (2, 1, D)  # CLS is left
+    for vit in (vit, small(conv_stem=True)):  # CLS is left
+        assert vit(IMAGES, hide(range(N), range(N)), drop=True).shape == (2, 1, D)
 
 
 # ---------- positions and image sizes ----------
@@ -158,6 +159,7 @@ def test_positions_are_interpolated_over_the_grid_and_cls_keeps_its_own(antialia
     grid = vit.pos_embed[0, 1:].T.reshape(1, D, 3, 5)
     expected = interpolate(grid, size=(6, 4), mode="bicubic", antialias=antialias)[0].flatten(1).T
     assert_close(vit.positions((6, 4))[0, 1:], expected)
+    assert small().bfloat16()(cloud(2, 3, 24, 8).bfloat16()).dtype == torch.bfloat16
     assert vit.positions((6, 4))[0, 0].equal(vit.pos_embed[0, 0])
     assert vit.positions((3, 5)).equal(vit.pos_embed)
 
