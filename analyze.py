@@ -264,7 +264,7 @@ def plus_minus(values, digits=1, sign=""):
     if not values:
         return ""
     around = f" ± {deviation(values):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{around}"
+    return f"{statistics.mean(values):{sign}.{digits}f}{around}".replace("-", "−")
 
 
 def interval(values, student=T_95):

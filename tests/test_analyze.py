@@ -135,7 +135,7 @@ def test_pairs_are_compared_seed_by_seed_on_each_data_set(tmp_path):
             run("dino", 0, 30.0, 1.0, 1.0, **cifar), run("dino+5*rkd", 0, 33.0, 1.0, 1.0, **cifar)]
     *_, first, second = analyze.pairs(runs, tmp_path / "p.png").splitlines()
     assert cells(first)[:2] == ["textures", "DINO + RKD (weight 5), no pull − DINO"]
-    assert cells(first)[2:] == ["+4.5 ± 0.7", "+0.0 ± 0.7", "-0.5 ± 0.7", "2"]
+    assert cells(first)[2:] == ["+4.5 ± 0.7", "+0.0 ± 0.7", "−0.5 ± 0.7", "2"]
     assert cells(second)[::2] == ["cifar10", "+3.0", "+0.0"] and cells(second)[-1] == "1"
     assert (tmp_path / "p.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"X and X\+W\*rkd"):
@@ -165,7 +165,7 @@ def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(tmp_
     table = {"+4.5 ± 0.7": [4.0, 5.0],              # t = 9.0, needed 12.71
              "**+4.2 ± 0.4**": [4.0, 4.5],          # t = 17
              "+2.0 ± 1.0": [1.0, 2.0, 3.0],         # t = 3.46, needed 4.30
-             "**-3.0 ± 1.0**": [-2.0, -3.0, -4.0],  # t = 5.2
+             "**−3.0 ± 1.0**": [-2.0, -3.0, -4.0],  # t = 5.2
              "**+1.0 ± 0.1**": [0.9, 1.1] * 10}
     runs = [write_run(tmp_path, (), [dict(knn_top1=knn)], seed=seed, loss=loss, data=f"set{i}")
             for i, values in enumerate(table.values()) for seed, value in enumerate(values)
