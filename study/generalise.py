@@ -27,13 +27,17 @@ PAIRS = [("DINO + RKD (weight 5)", "DINO"), ("MoCo v3 + RKD, no pull", "MoCo v3"
          (RKD, "SimCLR")]
 CONTROLS = [("DINO + RKD (weight 5)", "DINO + RKD (weight 5), all distances equal"),
             ("MoCo v3 + RKD, no pull", "MoCo v3 + RKD, all distances equal, no pull")]
-MORE = [*CONTROLS, (RKD, "RKD, masked")]
+MORE = [*CONTROLS, (RKD, "RKD, masked"), ("RKD, masked", "RKD, masked, all distances equal"),
+        ("BYOL + RKD, no pull", "BYOL"),
+        ("BYOL + RKD, no pull", "BYOL + RKD, all distances equal, no pull")]
 FEW = ["1 per class", "5 per class"]
 # named before looking, a list for each time: (trained on, seeds, system, base, axis)
 FAMILIES = [
     [("cifar10", range(5), *pair, axis) for axis in ("5 per class", "Imagenette", "shifted")
      for pair in PAIRS[:3]] + [("cifar10", range(5), *PAIRS[3], "5 per class")],
     [("cifar10", range(3, 8), *pair, axis) for axis in FEW for pair in CONTROLS],
+    [(own, seeds, *PAIRS[0], axis) for axis in FEW
+     for own, seeds in (("cifar10", range(8, 13)), ("imagenette", range(1, 6)))],
 ]
 
 
@@ -46,7 +50,8 @@ def axes(own):
             found[name] = [f"linear_top1_on_{MEASURED_ON[key]}"]
             found[f"{name}, 5 per class"] = [f"linear_top1_on_{MEASURED_ON[key]}_5_shots"]
     return found | {"shifted": [f"linear_top1_{shift}" for shift in SHIFTS],
-                    "k-NN": ["knn_top1"], "k-NN, 5 per class": ["knn_top1_5_shots"]}
+                    "k-NN": ["knn_top1"], "k-NN, 1 per class": ["knn_top1_1_shots"],
+                    "k-NN, 5 per class": ["knn_top1_5_shots"]}
 
 
 def read_groups(own):
@@ -55,7 +60,9 @@ def read_groups(own):
     for run in runs:
         run.measured |= {axis: statistics.mean(run.measured[name] for name in names)
                          for axis, names in axes(own).items() if {*names} <= {*run.measured}}
-    return grouped(runs)
+    pixels = [run for run in runs if "-pixels-" in run.name]  # measured with --pool pixels
+    groups = grouped([run for run in runs if run not in pixels])
+    return groups | ({"raw pixels": pixels} if pixels else {})
 
 
 def p_value(found):
@@ -92,6 +99,10 @@ def holm(p):
     return adjusted
 
 
+def pair_name(system, base):
+    return f"{system} − {'the same, equal distances' if 'equal' in base else base}"
+
+
 def differences(groups, own, seeds, system, base, axis):
     """Of one named comparison, paired by seed."""
     runs = [run for run in groups[own][system] if run.args["seed"] in seeds]
@@ -102,8 +113,8 @@ def named_table(groups, family):
     """Markdown of a family of comparisons: difference, p-value, corrected p-value."""
     found = [differences(groups, *comparison) for comparison in family]
     p = [p_value(one) for one in found]
-    rows = [[SETS[own], f"{system} − {base}", axis, plus_minus(one, sign="+"), str(len(one)),
-             f"{raw:.3f}", f"{adjusted:.3f}"]
+    rows = [[SETS[own], pair_name(system, base), axis, plus_minus(one, sign="+"), str(len(one)),
+             *(f"{x:.3f}" if x >= 0.001 else "< .001" for x in (raw, adjusted))]
             for (own, _, system, base, axis), one, raw, adjusted in zip(family, found, p, holm(p))]
     return markdown(["trained on", "comparison", "axis", "difference", "n", "p", "p, Holm"], rows)
 
@@ -128,8 +139,7 @@ def draw(groups, path):
         place.axvline(0, color="black", lw=1)
         place.grid(axis="x", color="0.9")
         place.set(title=title, xlabel="points")
-    equal = "all distances equal"
-    names = [f"{a}\n− {f'the same, {equal}' if equal in b else b}" for a, b in pairs]
+    names = [pair_name(*pair).replace(" −", "\n−") for pair in pairs]
     places[0].set_yticks(range(len(pairs)), names)
     places[0].set_ylim(len(pairs) - 0.5, -0.5)
     figure.suptitle("Difference of accuracy, trained on CIFAR-10: mean, interval, single seeds "
@@ -160,8 +170,10 @@ def draw_all(found, path):
             mean = {axis: statistics.mean(values) for axis, values in each.items()}
             cells.append([(mean[axis], f"{mean[axis]:+.1f}", difference(each[axis])[0] == "*")
                           for axis in mean])
-            name = f"{a} − {'equal distances' if 'equal' in b else b}, n = {len(each['k-NN'])}"
-            names.append(name.replace(" (weight 5)", "").replace(", no pull", ""))
+            name = f"{pair_name(a, b)}, n = {len(each['k-NN'])}"
+            for left_out in " (weight 5)", ", no pull", "the same, ":
+                name = name.replace(left_out, "")
+            names.append(name)
         heat_map(place, cells, names, axes(own), 10)
         place.set_title(f"trained on {SETS[own]}: difference of accuracy, points")
     figure.savefig(path)
@@ -181,7 +193,7 @@ def main():
         print(markdown([f"trained on {SETS[own]}", *axes(own), "n"], rows), "\n")
         found[own] = {(a, b): {axis: paired(systems[a], systems[b], axis) for axis in axes(own)}
                       for a, b in PAIRS + MORE if {a, b} <= {*systems}}
-        rows = [[f"{a} − {b}", *map(difference, each.values()), str(len(each["k-NN"]))]
+        rows = [[pair_name(a, b), *map(difference, each.values()), str(len(each["k-NN"]))]
                 for (a, b), each in found[own].items()]
         print(markdown([f"difference, {SETS[own]}", *axes(own), "n"], rows), "\n")
 

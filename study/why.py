@@ -12,25 +12,28 @@ shape alone, then a base system with the spectrum of its sum is as good as the s
 the spectrum of its base as bad as the base. No label is used. Five labels per class, the draws of
 eval_linear.py; the classifiers are its ridge regression and the nearest mean of a class.
 
-The last column is about neighbourhoods: of the ten nearest test images to a test image (cosines of
+A second table has the differences of a pair by both classifiers, paired by seed.
+
+The last column of the first is about neighbourhoods: of the ten nearest test images to a test image (cosines of
 centred features), the share that the student's whole view and its teacher's have in common.
 """
 import statistics
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import markdown, name_of, open_run, plus_minus, read_run
+from analyze import difference, markdown, name_of, open_run, plus_minus, read_run
 from data import load_data
 from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
 from losses import cosines
 
-PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0")]
+PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0"),
+         ("dino+5equal", "dino+5rkd"), ("moco+equal", "moco+rkd")]
 
 
 def spectrum(x):
@@ -85,6 +88,7 @@ def main():
     args = parser.parse_args()
     runs, sets = args.runs, load_data("folder", args.data)
 
+    @cache
     def features(name, seed):
         """Centred (features, labels) of both sets by the teacher, and its shared neighbours."""
         options, system, _ = open_run(runs / f"few-cifar10-{name}-s{seed}", sets=sets)
@@ -94,9 +98,9 @@ def main():
         student = extract_features(system.student.backbone, sets[1], 32, options.pool)[0]
         return found, shared_neighbours(student - student.mean(0), found[1][0])
 
-    rows = []
+    rows, differences = [], []
     for pair in PAIRS:
-        seeds = [s for s in range(5) if all((runs / f"few-cifar10-{name}-s{s}/evals.jsonl").exists()
+        seeds = [s for s in range(8) if all((runs / f"few-cifar10-{name}-s{s}/evals.jsonl").exists()
                                             for name in pair)]
         results = {}
         for seed in seeds:
@@ -111,16 +115,20 @@ def main():
                     results.setdefault((name, shape), []).append((
                         *few_label_accuracies(*seen), separation(*seen[0]), dimension,
                         shared[name]))
+        said = {name: name_of(read_run(runs / f"few-cifar10-{name}-s{seeds[0]}")) for name in pair}
+        base, system = (results[name, name] for name in pair)
+        differences.append([f"{said[pair[1]]} − {said[pair[0]]}",
+                            *(difference([own[i] - other[i] for own, other in zip(system, base)])
+                              for i in (0, 1)), str(len(seeds))])
         for (name, shape), found in results.items():
             ridge, nearest, apart, dimension, shared = zip(*found)
-            said, other = (name_of(read_run(runs / f"few-cifar10-{x}-s{seeds[0]}"))
-                           for x in (name, shape))
-            rows.append([said, "its own" if shape == name else f"of {other}",
+            rows.append([said[name], "its own" if shape == name else f"of {said[shape]}",
                          plus_minus(ridge), plus_minus(nearest), plus_minus(apart, 2),
                          *((plus_minus(dimension, 0), plus_minus(shared)) if shape == name
                            else ("", "")), str(len(found))])
     print(markdown(["features", "spectrum", "ridge, 5 per class", "nearest class mean, 5 per class",
-                    "between / within", "dimensions", "shared neighbours, %", "n"], rows))
+                    "between / within", "dimensions", "shared neighbours, %", "n"], rows), "\n")
+    print(markdown(["difference", "ridge", "nearest class mean", "n"], differences))
 
 
 if __name__ == "__main__":
