@@ -17,8 +17,8 @@ of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of
 
 Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.30
 (2.22 .. 2.38); with --quick distance 1.11 (1.03 .. 1.14), angle 25 (23 .. 26; memory 404 -> 10 MB),
-ibot vit_tiny 1.83 (1,159 -> 644 MB), k-NN four 8.9, probe 10 2.9, views 2.10, block masks 1.78.
-Beside other work and whole: ibot vit_small 1.3, dino 1.17 (1,127 -> 1,020 MB), probe 10 4.9 to 6.2,
+ibot vit_tiny 1.75 (1,159 -> 644 MB), k-NN four 9.6, probe 10 2.9, views 2.10, block masks 1.78.
+Beside other work and whole: ibot vit_small 1.3, dino 1.13 (1,138 -> 1,022 MB), probe 10 4.9 to 6.2,
 angle 10 to 12.
 
     python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
