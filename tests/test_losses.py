@@ -337,7 +337,8 @@ def test_angles_at_equal_parts_of_the_vertices_average_to_the_whole():
 
 @pytest.mark.parametrize("wrong", [
     slice(0, 0), torch.tensor([], dtype=torch.int64), torch.tensor([0, 5]), torch.tensor([-1]),
-    torch.tensor([1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]), torch.tensor([1.0])])
+    torch.tensor([1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]), torch.tensor([1.0]),
+    [1, 2]])
 def test_impossible_vertices_are_refused(wrong):
     with pytest.raises(ValueError, match="vertices"):
         rkd_angle_loss(cloud(5, 3), cloud(5, 3, seed=1), wrong)
