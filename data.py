@@ -105,16 +105,18 @@ class Folder(torch.utils.data.Dataset):
 
         That is above a tenth of the set; of a sample of it above a fifth, as its share varies.
         """
-        new = sorted({*bad} - {*self.unreadable})
+        def text(i):
+            return f"{self.files[i]} ({self.unreadable[i]})"
+
+        new = [i for i in sorted(bad) if i not in self.unreadable]
         self.unreadable |= bad
         count, looked_at = len(self.unreadable), looked_at or len(self)
         most = 10 if looked_at == len(self) else 20  # percent
-        text = {i: f"{self.files[i]} ({why})" for i, why in self.unreadable.items()}
         if count > most / 100 * looked_at:
             raise DataError(f"{count} of {looked_at} images cannot be read, more than {most} %: "
-                            f"repair or remove {', '.join([*text.values()][:10])}")
+                            f"repair or remove {', '.join(map(text, [*self.unreadable][:10]))}")
         for i in new:
-            print(f"unreadable, skipped: {text[i]}", file=sys.stderr)
+            print(f"unreadable, skipped: {text(i)}", file=sys.stderr)
 
 
 def fingerprint(data):

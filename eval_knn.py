@@ -187,8 +187,7 @@ def knn_scores(train_features, train_labels, test_features, num_classes, ks, tem
     rows = max(1, 2**23 // len(train))  # bounds the memory; a larger block leaves the cache
     for start in range(0, len(test), rows):
         with torch.autocast(test.device.type, enabled=False):
-            cos = test[start:start + rows] @ train.T
-        cos = cos.div_(lengths)  # no normalised copy of R x D
+            cos = (test[start:start + rows] @ train.T).div_(lengths)  # no normalised copy of R x D
         cos, nearest = cos.topk(min(max(ks), len(train)), dim=1)  # the best first
         if temperature < 0.02:  # exp would overflow; a factor per row changes no comparison
             cos = cos - cos[:, :1]
