@@ -167,9 +167,8 @@ def draw_all(found, path):
     for [place], (own, pairs) in zip(places, found.items()):
         cells, names = [], []
         for (a, b), each in pairs.items():
-            mean = {axis: statistics.mean(values) for axis, values in each.items()}
-            cells.append([(mean[axis], f"{mean[axis]:+.1f}", difference(each[axis])[0] == "*")
-                          for axis in mean])
+            cells.append([(mean, f"{mean:+.1f}", abs(mean) > half)
+                          for mean, half in map(interval, each.values())])
             name = f"{pair_name(a, b)}, n = {len(each['k-NN'])}"
             for left_out in " (weight 5)", ", no pull", "the same, ":
                 name = name.replace(left_out, "")

@@ -14,8 +14,8 @@ eval_linear.py; the classifiers are its ridge regression and the nearest mean of
 
 A second table has the differences of a pair by both classifiers, paired by seed.
 
-The last column of the first is about neighbourhoods: of the ten nearest test images to a test image (cosines of
-centred features), the share that the student's whole view and its teacher's have in common.
+The last column of the first is about neighbourhoods: of the ten nearest test images to a test image
+(cosines of centred features), the share that student and teacher have in common.
 """
 import statistics
 import sys
@@ -30,6 +30,7 @@ from analyze import difference, markdown, name_of, open_run, plus_minus, read_ru
 from data import load_data
 from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
+from generalise import pair_name
 from losses import cosines
 
 PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0"),
@@ -117,7 +118,7 @@ def main():
                         shared[name]))
         said = {name: name_of(read_run(runs / f"few-cifar10-{name}-s{seeds[0]}")) for name in pair}
         base, system = (results[name, name] for name in pair)
-        differences.append([f"{said[pair[1]]} − {said[pair[0]]}",
+        differences.append([pair_name(said[pair[1]], said[pair[0]]),
                             *(difference([own[i] - other[i] for own, other in zip(system, base)])
                               for i in (0, 1)), str(len(seeds))])
         for (name, shape), found in results.items():

@@ -125,7 +125,10 @@ def parse_with(script, words):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-@pytest.mark.parametrize("words", commands(README) + commands(STUDY), ids=" ".join)
+STUDY_COMMANDS = commands(STUDY)
+
+
+@pytest.mark.parametrize("words", commands(README) + STUDY_COMMANDS, ids=" ".join)
 def test_each_command_is_understood(words):
     program, *words = words
     if program == "torchrun":
@@ -163,7 +166,7 @@ def test_the_readme_is_read_in_one_sitting():
     assert max(map(len, prose)) <= 130
 
 
-@pytest.mark.parametrize("words", [words for words in commands(STUDY)
+@pytest.mark.parametrize("words", [words for words in STUDY_COMMANDS
                                    if "study/runs.jsonl" in words], ids=" ".join)
 def test_each_table_and_figure_of_the_runs_can_be_made(words, tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "picture.png")] * ("--out" in words)
