@@ -43,7 +43,7 @@ from randomness import generator
 from textures import FACTORS, textures
 from weights import open_backbone, read_file
 
-PARTS = "distance angle pull patch_distance patch_angle ibot_image ibot_patch".split()
+PARTS = "distance angle pull ibot_image ibot_patch".split()
 STYLES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3))]  # of lines, also in grey
 # terms of --loss -> what people call them, and their colour in every picture
 TERMS = dict(
@@ -56,7 +56,7 @@ TERMS = dict(
 NOT_THE_SYSTEM = set("recipe data_path data_fingerprint workers device compile out_dir resume "
                      "save_every log_every eval_every timeout seed".split())
 OF_RKD = dict(distance_weight=1.0, distance_power=1.0, angle_weight=2.0, angle_vertices=None,
-              pull_weight=0.05, patch_weight=0.0, head=0)
+              pull_weight=0.05, head=0)
 # an option and its value -> what people say instead
 WORDS = {"distance weight 0.0": "angles only", "angle weight 0.0": "distances only",
          "pull weight 0.0": "no pull", "head batchnorm True": "BatchNorm head"}
@@ -192,7 +192,8 @@ def name_of(run, others=()):
     """What people call a run: `DINO + RKD (weight 5)`, `RKD, unmasked, all distances equal`.
 
     Its loss; its mask, unless that is the published one; options of rkd that are not the usual
-    ones; other options, unless most of the runs `others` with this loss have the same value.
+    ones. Another option is said unless it is off or, where no run of `others` with this loss has it
+    off, has the commonest value.
     """
     if "loss" not in run.args:  # foreign weights
         return run.name

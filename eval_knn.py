@@ -398,7 +398,9 @@ def over_strengths(top1):
 
 def per_strength(name, tests, top1):
     """Entries of the result for a shift, one per strength; none without a shift."""
-    return {f"{name} {test}": round(x, 4) for test, x in zip(tests, top1) if len(tests) > 1}
+    if len(tests) == 1:
+        return {}
+    return {f"{name} {test}": round(x, 4) for test, x in zip(tests, top1)}
 
 
 def report(args, rows, result):
@@ -433,12 +435,10 @@ def main():
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if args.whiten or args.center:
-        mean, matrix = train[0].mean(0), None
-        if args.whiten:
-            mean, matrix = whitening(train[0], args.whiten)
+        mean, matrix = whitening(train[0], args.whiten)  # by the power 0 a rotation: only centred
 
         def changed(x, labels):
-            return (x - mean if matrix is None else (x - mean) @ matrix), labels
+            return (x - mean) @ matrix, labels
 
         train, tests = changed(*train), {name: changed(*test) for name, test in tests.items()}
 

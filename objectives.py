@@ -183,8 +183,8 @@ class Batch:
         return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
     def points(self):
-        """Input of `panel`, (world·B, D) each: the student's features of one view, or None where
-        there is no other, and of another view those of the network that is evaluated."""
+        """Input of `panel`, (world·B, D) each: the student's features of the first view (None if
+        there is one view only), and the evaluated network's features of the other view."""
         theirs = self.teacher_features if self.args.teacher == "ema" else self.features
         if self.args.global_crops == 1:
             return None, gather(theirs[0].detach().float())
@@ -269,30 +269,15 @@ def rkd(batch):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     vertices = torch.arange(min(max(args.angle_vertices or 256, world), len(pairs[0][0])))
     share = vertices.tensor_split(world)[rank]
-    losses = relations(pairs, args, share)
-    if args.angle_weight:  # makes the mean over ranks the mean over all vertices
-        losses["angle"] = losses["angle"] * (len(share) * world / len(vertices))
-    if args.pull_weight:
-        losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
-    if args.patch_weight:  # relations among the patches of one crop: (G·B, N, D)
-        student, teacher = batch.tokens[:, 1:], batch.teacher_tokens[:, 1:]
-        if batch.mask is not None and args.hide == "drop":
-            seen = teacher.flatten(0, 1)[places(~batch.mask, teacher.device)]
-            teacher = seen.view(*student.shape[:2], -1)
-        for name, loss in relations([(student, teacher)], args).items():
-            losses[f"patch_{name}"] = loss
-            weights[f"patch_{name}"] = args.patch_weight * weights[name]
-    return sum(weights[name] * loss for name, loss in losses.items()), losses
-
-
-def relations(pairs, args, vertices=None):
-    """Both relational losses, means over pairs of points (..., N, D), but none of weight 0."""
     losses = {}
     if args.distance_weight:
         losses["distance"] = mean(rkd_distance_loss(*pair, args.distance_power) for pair in pairs)
-    if args.angle_weight:
-        losses["angle"] = mean(rkd_angle_loss(*pair, vertices) for pair in pairs)
-    return losses
+    if args.angle_weight:  # the factor makes the mean over ranks the mean over all vertices
+        losses["angle"] = (mean(rkd_angle_loss(*pair, share) for pair in pairs)
+                           * (len(share) * world / len(vertices)))
+    if args.pull_weight:
+        losses["pull"] = mean(pull_loss(*pair) for pair in pairs)
+    return sum(weights[name] * loss for name, loss in losses.items()), losses
 
 
 def rkd_head(args, vit, width, teacher_width):
@@ -316,7 +301,8 @@ def ressl(batch):
     """Control: relations as sharpened distributions (ReSSL: Zheng et al. 2021, arXiv 2107.09282).
 
     mean KL(softmax of the teacher's similarities / .04 || softmax of the student's / .1).
-    Deviation: the other images of the batch stand for the queue of teacher embeddings.
+    Deviations: the other images of the batch stand for the queue, and the student's points are
+    compared with each other, where ReSSL compares them with the teacher's queue.
     """
     return mean(ressl_loss(*pair, *batch.temperatures) for pair in batch.pairs("ressl")), {}
 
@@ -326,13 +312,13 @@ OBJECTIVES["ressl"] = Term(ressl, least=3)
 def feature(batch):
     """Control: features instead of relations (FitNets: Romero et al. 2015, arXiv 1412.6550, eq. 3).
 
-    Smooth L1 between a linear map of s_i and the layer-normalised t_i.
-    Deviations: features of the last layer, and of two different views.
+    Smooth L1 between a linear map of s_i and the layer-normalised t_i. Deviations: FitNets has the
+    squared error, no normalisation, an inner layer, and the same image for both networks.
     """
     return mean(F.smooth_l1_loss(s, F.layer_norm(t, t.shape[-1:]))
                 for s, t in batch.pairs("feature")), {}
 
-OBJECTIVES["feature"] = Term(
+OBJECTIVES["feature"] = Term(  # --pool cls+mean doubles the width of both features
     feature, predictor=lambda args, vit, width, teacher_width: nn.Linear(
         width, teacher_width * width // vit.embed_dim))
 
@@ -435,16 +421,17 @@ OBJECTIVES["ibot"] = Term(
 # ---- masked prediction -------------------------------------------------------------------------
 
 def per_patch(loss, mask):
-    """A mean over this rank's hidden patches, weighted by this rank's share of all hidden ones."""
+    """A mean over this rank's hidden patches -> a term whose mean over ranks, as DDP takes it, is
+    the mean over all hidden patches. (`mae` hides equally many in each image.)"""
     hidden = loss.new_full((), int(mask.sum()))
-    everyone = gather(hidden.unsqueeze(0)).mean()
-    return loss * torch.where(everyone > 0, hidden / everyone, 1)
+    mean_hidden = gather(hidden.unsqueeze(0)).mean()
+    return loss * torch.where(mean_hidden > 0, hidden / mean_hidden, 1)
 
 
 def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
-    Cross-entropy over K words. Deviations: the words come from `--tokenizer` (`RandomWords`), since
+    Cross-entropy over K words. Deviations: the words are those of `RandomWords`, since
     BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; pixels
     normalised by ImageNet's statistics; no weight decay of the mask token.
     """
@@ -476,8 +463,6 @@ class RandomWords(nn.Module):
         patches = standardize(patchify(images, self.patch_size).flatten(2))  # (B, N, 3·P·P)
         points = (patches @ self.projection).flatten(0, 1)
         return cosines(points, self.codes).argmax(1).view(patches.shape[:2])
-
-TOKENIZERS = dict(random=RandomWords)  # --tokenizer: a function of args that returns a tokenizer
 
 
 def mae(batch):
@@ -598,7 +583,7 @@ class System(nn.Module):
         super().__init__()
         self.args, self.terms, self.teacher = args, parse_loss(args.loss), None
         self.cls_only = args.pool == "cls" and not any(  # no term reads more than the feature
-            OBJECTIVES[name].hide or name == "rkd" and args.patch_weight for name in self.terms)
+            OBJECTIVES[name].hide for name in self.terms)
         given = None
         if args.teacher_checkpoint:
             try:
@@ -621,7 +606,7 @@ class System(nn.Module):
             self.teacher = copy.deepcopy(Network(given or vit, heads)).requires_grad_(False).eval()
         self.state = {center: torch.zeros(args.prototypes)  # saved in checkpoints
                       for name in self.terms for center in OBJECTIVES[name].centers}
-        self.tokenizer = TOKENIZERS[args.tokenizer](args) if "beit" in self.terms else None
+        self.tokenizer = RandomWords(args) if "beit" in self.terms else None
 
     def to(self, device):
         self.state = {name: x.to(device) for name, x in self.state.items()}

@@ -36,7 +36,7 @@ from eval_knn import (Parser, all_gather, extract_features, knn_top1, number, ra
 from losses import effective_rank, panel
 from masking import MASKS, attention_mask
 from model import ARCHS, POOLS, ema_update
-from objectives import OBJECTIVES, RECIPES, TOKENIZERS, System, defaults, parse_loss
+from objectives import OBJECTIVES, RECIPES, System, defaults, parse_loss
 from randomness import fold, generator
 from weights import listed, misfits, one_line, read_file, write_file
 
@@ -74,7 +74,6 @@ def options():
         help="BatchNorm in the head of rkd, dino or ibot (against collapse)")
     add("--prototypes", type=whole(1, 2**20), default=1024, help="of dino and ibot; words of beit")
     add("--decoder", type=whole(1, 2**14), nargs=2, default=[128, 2], help="width depth: mae, dbot")
-    add("--tokenizer", default="random", choices=TOKENIZERS, help="beit: source of the words")
     add("--drop-path", type=number(0, 0.99), default=0.0, help="stochastic depth; .1 for vit_base")
     add("--fixed-pos", **flag, help="sine-cosine positions, not learned")
     add("--freeze-patch-embed", **flag, help="keep the patch embedding random (steadies moco)")
@@ -113,7 +112,6 @@ def options():
     add("--angle-weight", type=number(0), default=2.0, help="rkd: weight; Park et al.: 2")
     add("--angle-vertices", type=positive, help="rkd: images with angles; default: 256 at most")
     add("--pull-weight", type=number(0), default=0.05, help="rkd: weight; 0 with a given teacher")
-    add("--patch-weight", type=number(0), default=0.0, help="rkd: relations of patches")
     add("--temperature", type=number(1e-3), help="the student's; default .1, moco .2")
     add("--teacher-temperature", type=number(1e-3), nargs=2, default=[0.04, 0.04],
         help="dino, ibot, ressl: start and end; a lower start against collapse")
@@ -184,9 +182,7 @@ def refuse(args):
     side = max(1, args.image_size // args.patch_size)
     units = max(1, side // args.mask_unit) ** 2  # a mask hides some of these
     most = round((args.mask_ratio + args.mask_spread) * units)
-    visible = (units - most) * args.mask_unit ** 2  # patches
     uneven = args.mask_ratio and (args.mask_spread or args.mask_probability < 1)
-    needed = 3 if args.angle_weight else 2  # patches related with each other
     world = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
     pieces = args.grad_accum * world
     frozen = "dbot" if "dbot" in terms else "--teacher-checkpoint" if given else (
@@ -209,9 +205,6 @@ def refuse(args):
          "above 0"),
         (most >= units, f"--mask-ratio {args.mask_ratio} (with --mask-spread {args.mask_spread}) "
          f"hides all {units} patches or squares: lower it"),
-        (args.patch_weight and args.hide == "drop" and visible < needed,
-         f"--patch-weight {args.patch_weight} needs {needed} patches and the student has "
-         f"{visible}: lower --mask-ratio, or --hide token"),
         (args.global_crops < views, f"--global-crops {args.global_crops}: {viewer} compares "
          f"{views} views of an image: set it to {views}"),
         (not 0 < args.crop_scale[0] <= args.crop_scale[1],
@@ -693,9 +686,6 @@ def main():
             raise ValueError(f"by rank, (step, images) are {seen}: all must see the same files")
         if rank == 0:
             open_folder(args, start)
-            if test_set is None:
-                print(f"{args.data_path} has no classes, or no val/ or test/: training without "
-                      "k-NN")
     try:
         status = train(args, system, optimizer, (train_set, test_set), start, stop, total, skipped,
                        row)
@@ -779,7 +769,7 @@ def train(args, system, optimizer, sets, start, stop, total, skipped, row):
             saved = save(args, system, optimizer, step=done, skipped_steps=skipped)
         finish(args, sets, done, total, stopped_by, saved)
     # 128 + signal tells a scheduler to start the same command again
-    return 1 if not saved else 128 + stopped_by if stopped_by else 0
+    return (128 + stopped_by if stopped_by else 0) if saved else 1
 
 
 def finish(args, sets, done, total, stopped_by, saved):

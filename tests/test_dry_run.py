@@ -22,7 +22,7 @@ from randomness import uniform
 aten = torch.ops.aten
 FREE = "empty", "_unsafe_view"  # no kernel: memory, or another shape
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
-OPTIONS = {"rkd": "--patch-weight 1", "dino": "--local-crops 2", "mae+rkd": "--pool cls",
+OPTIONS = {"dino": "--local-crops 2", "mae+rkd": "--pool cls",
            "ibot+0.5*rkd": "--local-crops 1 --head 8",
            "dino+rkd": "--mask attention --mask-ratio 0.5",
            "beit+simmim": "--mask block --mask-ratio 0.4", "dbot": "--patch-size 4"}

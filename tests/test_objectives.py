@@ -31,25 +31,22 @@ SMALL = ("--arch vit_micro --image-size 16 --patch-size 4 --batch-size 8 --proto
 WARMING = "--teacher-temperature 0.04 0.07 --teacher-warmup 0.3 --no-head-batchnorm"
 PROGRESS = 0.12  # of the run, 0.4 of this warm-up: the teacher's temperature is 0.052
 CASES = {  # --loss: more options
-    "rkd": "--head 12 --patch-weight 0.5 --pull-weight 0.3 --local-crops 1 --angle-vertices 5",
+    "rkd": "--head 12 --pull-weight 0.3 --local-crops 1 --angle-vertices 5",
     "ressl": "--pool cls --mask-ratio 0 --temperature 0.2 " + WARMING,
     "cka": "--hide token", "feature": "", "simclr": "--pool cls+mean", "moco": "--pool cls",
     "dino": "--pool cls --local-crops 2 --temperature 0.2 " + WARMING,
-    "ibot": "--pool cls --local-crops 1", "beit": "--global-crops 1 --tokenizer brightness",
+    "ibot": "--pool cls --local-crops 1", "beit": "--global-crops 1",
     "simmim": "", "mae": "", "byol": "--weak-teacher", "dbot": "--weak-teacher",
     "dino+rkd": "--distance-power 2 --angle-weight 0 --head 12 --head-batchnorm",
-    "ibot+0.5*rkd": "--patch-weight 1 --distance-weight 0 --pull-weight 0 --no-head-batchnorm",
+    "ibot+0.5*rkd": "--distance-weight 0 --pull-weight 0 --no-head-batchnorm",
 }
 each_case = pytest.mark.parametrize("loss", dict.fromkeys([*OBJECTIVES, *CASES]))  # all terms
 direction = partial(F.normalize, dim=-1)
 
 
 def brightness(images):
-    """A tokenizer of the user: the word of a patch is its brightness."""
+    """Another tokenizer: the word of a patch is its brightness."""
     return (20 * F.avg_pool2d(images.mean(1), 4)).long().flatten(1) % 24
-
-
-objectives.TOKENIZERS["brightness"] = lambda args: brightness
 
 
 def args_of(loss, words=""):
@@ -59,6 +56,8 @@ def args_of(loss, words=""):
 def build(loss, words=None):
     """A system in which every weight, of student and teacher, and every centre was moved."""
     system = System(args_of(loss, CASES[loss] if words is None else words))
+    if loss == "beit":
+        system.tokenizer.forward = brightness
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x in [*system.parameters(), *system.state.values()]:
@@ -161,10 +160,6 @@ def plain_rkd(s, t, d):
     among_images = partial(relations, d.args, vertices=d.args.angle_vertices)
     loss = (cross_views(among_images, student, teacher)
             + d.args.pull_weight * cross_views(pull_definition, student, teacher))
-    if d.args.patch_weight:  # among the patches of one crop, visible ones if the others are dropped
-        theirs = d.theirs if d.tokens.shape[1] == 16 else d.theirs[~d.mask].view(d.tokens.shape)
-        each = [relations(d.args, p, q) for p, q in zip(d.tokens, theirs)]
-        loss = loss + d.args.patch_weight * sum(each) / len(each)
     return loss
 
 
@@ -408,7 +403,7 @@ def test_a_saved_system_names_its_teacher_and_takes_no_other_centres():
 OPTIONS = [f"--pool {pool}" for pool in ("cls", "cls+mean")] + [
     f"--mask {mask}" for mask in [*train.MASKS, "attention"]] + [
     "--local-crops 2", "--global-crops 1", "--stages 2 --teacher frozen", "--mask-ratio 0",
-    "--hide token", "--pool cls --patch-weight 1", "--image-size 4", "--batch-size 2"]
+    "--hide token", "--image-size 4", "--batch-size 2"]
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES)

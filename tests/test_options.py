@@ -86,7 +86,6 @@ WRONG = {
         ("--mask-unit 3", "--mask-unit 3|take 1"),
         ("--mask-unit 2 --mask-ratio 0.9", "--mask-ratio 0.9|lower it"),
         ("--loss beit --mask-probability 0", "--mask-probability 0|raise"),
-        ("--patch-weight 1 --mask-ratio 0.9", "--patch-weight 1|lower --mask-ratio"),
         ("--loss mae --mask-ratio 0", "--mask-ratio 0|mae|above 0"),
         ("--loss beit --hide drop", "--hide drop|beit|--hide token"),
         ("--mask-spread 0.1", "--mask-spread|--hide token"),
