@@ -5,10 +5,10 @@ Cho 2019, arXiv 1904.05068): the student has N points s_1..s_N, the teacher t_1.
 image, or per patch). The student need not place s_i at t_i. It only has to keep the teacher's
 *relations* (section 3.2):
 
-    distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|              (eq. 5, 6)
-    angle      psi_A(i, j, k) = cos of the angle at x_j between x_i and x_k               (eq. 8)
-    loss       mean of huber(psi(student) - psi(teacher))                                 (eq. 7, 9)
-               huber(e) = e²/2 for |e| <= 1, |e| - 1/2 beyond                             (eq. 4)
+    distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|     (section 3.2.1)
+    angle      psi_A(i, j, k) = cos of the angle at x_j between x_i and x_k      (section 3.2.2)
+    loss       mean of huber(psi(student) - psi(teacher))
+               huber(e) = e²/2 for |e| <= 1, |e| - 1/2 beyond
 
 Both relations are unchanged when all points are shifted, rotated, mirrored or scaled together. So
 student and teacher may differ in width, and no head has to align them. But the loss stays low while
@@ -25,7 +25,6 @@ Left out: sampling of triplets (the mean below is exact), L2 normalisation (the 
 """
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 # ---- relations ---------------------------------------------------------------------------------
@@ -48,40 +47,19 @@ def squared_distance(x):
         return squares.masked_fill_(squares <= (1e-13 if exact else 1e-6) * scale, 0)
 
 
-class PairwiseDistance(torch.autograd.Function):
-    """Distances d_ij with their gradient in closed form: dd_ij / dx_i = (x_i - x_j) / d_ij.
-
-    Given gradients g_ij, let w_ij = (g_ij + g_ji) / d_ij. The gradient by x_i is then the sum over
-    j of w_ij (x_i - x_j). Where d_ij = 0 the square root has no slope: w_ij is 0 there.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        squares = squared_distance(x)
-        distances = squares.sqrt_().float()
-        ctx.save_for_backward(x.to(squares.dtype), distances)
-        return distances
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, distances = ctx.saved_tensors
-        w = (gradient + gradient.mT).to(x.dtype) / distances
-        w.masked_fill_(distances == 0, 0)
-        return w.sum(-1, keepdim=True) * x - w @ x  # autograd casts it to the input's dtype
-
-
 def pairwise_distance(x):
     """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
 
-    Unchanged by shifts and rotations. The gradient is finite everywhere. O(N²) memory.
-    Needs `PairwiseDistance`, `squared_distance`.
+    Unchanged by shifts and rotations. O(N²) memory. The slope of a square root at 0 is infinite:
+    the gradient of a distance of 0 is set to 0 instead. Needs `squared_distance`.
     """
-    return PairwiseDistance.apply(x)
+    squares = squared_distance(x)
+    apart = squares > 0
+    return torch.where(apart, squares.masked_fill(~apart, 1).sqrt(), 0).float()
 
 
 def rkd_distance_loss(student, teacher, power=1.0):
-    """RKD-D (Park et al. 2019, eq. 5-7): (..., N, Ds), (..., N, Dt) -> float32 scalar.
+    """RKD-D (Park et al. 2019, section 3.2.1): (..., N, Ds), (..., N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the two distance matrices, each divided by its own mean over the N(N-1)
     pairs i != j; mean over those pairs. The gradient flows through the student's mean too. The
@@ -89,7 +67,7 @@ def rkd_distance_loss(student, teacher, power=1.0):
     by shift, rotation and scale of either side. N < 2 raises ValueError.
     `power` (ours): the teacher's distances are raised to it first. Above 1 it sharpens them. At 0
     all are equal, a control without any knowledge of the teacher.
-    Needs `check_points`, `PairwiseDistance`, `squared_distance`.
+    Needs `check_points`, `pairwise_distance`, `squared_distance`.
     """
     check_points(student, teacher, 2)
     N = student.shape[-2]
@@ -98,16 +76,16 @@ def rkd_distance_loss(student, teacher, power=1.0):
         mean = distances.sum((-2, -1), keepdim=True) / (N * (N - 1))
         return distances / torch.where(mean > 0, mean, 1)  # all points equal: zeros, not 0 / 0
 
-    target = over_mean(PairwiseDistance.apply(teacher.detach()))
+    target = over_mean(pairwise_distance(teacher.detach()))
     if power != 1:
         others = 1 - torch.eye(N, dtype=target.dtype, device=target.device)
         target = over_mean(target ** power * others)  # 0 ** 0 is 1
-    loss = F.smooth_l1_loss(over_mean(PairwiseDistance.apply(student)), target)
+    loss = F.smooth_l1_loss(over_mean(pairwise_distance(student)), target)
     return loss * N / (N - 1)  # the diagonal adds zeros
 
 
 def rkd_angle_loss(student, teacher, vertices=None):
-    """RKD-A (Park et al. 2019, eq. 8-9): (..., N, Ds), (..., N, Dt) -> float32 scalar.
+    """RKD-A (Park et al. 2019, section 3.2.2): (..., N, Ds), (..., N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the cosines at vertex j of every triplet of distinct points; exact mean
     over those N(N-1)(N-2) triplets. The original code averages all N³ entries, also those that are
@@ -176,10 +154,10 @@ def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.
     """
     check_points(student, teacher, 3, sets=False)
 
+    itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
+
     def log_p(x, temperature):
-        N = len(x)
-        rows = cosines(x, x).flatten()[1:].view(N - 1, N + 1)  # the diagonal is the last column
-        return (rows[:, :-1].reshape(N, N - 1) / temperature).log_softmax(1)
+        return (cosines(x, x) / temperature).masked_fill(itself, -1e4).log_softmax(1)  # exp is 0
 
     return F.kl_div(log_p(student, student_temperature),
                     log_p(teacher.detach(), teacher_temperature),
@@ -289,7 +267,9 @@ def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temp
     student, teacher = (hidden_rows(x, mask) for x in (student_logits, teacher_logits))
     weight = mask / (mask.sum(1, keepdim=True).clamp_min(1) * len(mask))  # (B, N)
     loss = soft_cross_entropy(student, teacher, center, student_temperature, teacher_temperature)
-    weight = weight[mask].pin_memory() if loss.is_cuda and not mask.is_cuda else weight[mask]
+    weight = weight[mask]  # (M,)
+    if loss.is_cuda and not mask.is_cuda:
+        weight = weight.pin_memory()  # the GPU need not wait for the copy
     return (loss * weight.to(loss.device, non_blocking=True)).sum()
 
 
@@ -311,7 +291,7 @@ def average(error):
 
 
 def masked_token_loss(logits, tokens, mask):
-    """BEiT (Bao et al. 2021, arXiv 2106.08254, eq. 2): cross-entropy at the hidden patches.
+    """BEiT (Bao et al. 2021, arXiv 2106.08254, eq. 1): cross-entropy at the hidden patches.
 
     Logits (B, N, K), tokens (B, N) int64 -> scalar, the mean over all hidden patches of the batch;
     log K for a uniform guess. Needs `hidden_rows`, `average`.
@@ -407,8 +387,7 @@ def angles_by_squares(student, teacher, vertices):
     S_jk - S_ik has few digits: then all tiles are computed in float64.
     """
     B, N, _ = student.shape
-    exact = torch.compiler.is_compiling() or any(
-        ((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
+    exact = any(((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
     if not exact:
         student, teacher = student.float(), teacher.float()
     from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
@@ -483,11 +462,14 @@ def angle_vertices(vertices, N, device):
     """A slice, a tensor of indices or None (all) -> indices (K,) of N points, checked."""
     if vertices is None or isinstance(vertices, slice):
         vertices = torch.arange(N)[vertices or slice(None)]
-    elif not isinstance(vertices, torch.Tensor) or vertices.device.type == "cpu" and (
-            vertices.dtype != torch.int64 or vertices.shape != vertices.unique().shape
-            or vertices.lt(0).any() or vertices.ge(N).any()):
-        raise ValueError(f"vertices {vertices} must be a slice, or distinct int64 indices below "
-                         f"{N} in a tensor")
+    else:
+        right = isinstance(vertices, torch.Tensor)
+        if right and vertices.device.type == "cpu":  # on a GPU this would wait for it
+            right = (vertices.dtype == torch.int64 and vertices.shape == vertices.unique().shape
+                     and vertices.ge(0).all() and vertices.lt(N).all())
+        if not right:
+            raise ValueError(f"vertices {vertices} must be a slice, or distinct int64 indices "
+                             f"below {N} in a tensor")
     if not len(vertices):
         raise ValueError("no vertices: an angle needs at least one")
     pinned = device.type == "cuda" and vertices.device.type == "cpu"  # a GPU need not wait then

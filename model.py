@@ -91,17 +91,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x, part=slice(None)):
-        """q, k and v, or a slice of these three: (B, N, D) -> (1 .. 3, B, H, N, D / H)."""
+    def heads(self, x):
+        """q, k and v: (B, N, D) -> (3, B, H, N, D / H)."""
         B, N, D = x.shape
-        weight, bias = (w.unflatten(0, (3, D))[part].flatten(0, 1) for w in self.qkv.parameters())
-        qkv = F.linear(x, weight, bias).view(B, N, -1, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cls_only=False):
-        qkv = ((*self.heads(x[:, :1], slice(0, 1)), *self.heads(x, slice(1, 3))) if cls_only
-               else self.heads(x))  # with `cls_only` no other token's query is computed
-        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+        q, k, v = self.heads(x)
+        if cls_only:
+            q = q[:, :, :1]
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def weights(self, x):
         """The attention map (B, H, N, N), for pictures and for attention-guided masks."""
@@ -330,10 +330,9 @@ class Decoder(nn.Module):
             raise ValueError(f"{V} visible tokens per image, but the mask leaves "
                              f"{(~mask).sum(1).tolist()[:8]}")
         x = self.embed(tokens)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), N - V, -1)
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first
-        place = to_device(order.argsort(1), x.device).unsqueeze(2)  # of each patch in that order
-        patches = torch.cat([x[:, 1:], hidden], 1).gather(1, place.expand(-1, -1, x.shape[2]))
+        visible = to_device((~mask).nonzero(), x.device)  # (B·V, 2): image, patch
+        patches = self.mask_token.to(x.dtype).expand(len(x), N, -1)
+        patches = patches.index_put((*visible.T,), x[:, 1:].flatten(0, 1))
         x = torch.cat([x[:, :1], patches], 1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))
 

@@ -94,7 +94,7 @@ def huber(e):
     return torch.where(e.abs() < 1, e**2 / 2, e.abs() - 0.5)
 
 
-def distance_definition(student, teacher, power=1):  # eq. 5-7; a power of the teacher's
+def distance_definition(student, teacher, power=1):  # of Park et al.; a power of the teacher's
     i, j = (~torch.eye(len(student)).bool()).nonzero().T  # all ordered pairs
     s, t = (student[i] - student[j]).norm(dim=-1), (teacher[i] - teacher[j]).norm(dim=-1)**power
     return huber(s / s.mean() - t / t.mean()).mean()
@@ -108,7 +108,7 @@ def all_cosines(x):
     return directions @ directions.mT
 
 
-def angle_definition(student, teacher, vertices=None):  # eq. 9, at the first vertices j
+def angle_definition(student, teacher, vertices=None):  # at the first vertices j
     other = ~torch.eye(len(student)).bool()
     triplets = other[:, :, None] & other[:, None, :] & other[None]  # j != i, j != k, i != k
     triplets = triplets & (torch.arange(len(student)) < (vertices or len(student)))[:, None, None]
@@ -292,17 +292,6 @@ def test_points_far_from_the_origin_keep_their_distances_and_coincide_within_rou
     assert distances.diagonal(128).eq(0).all() and distances.diagonal().eq(0).all()
 
 
-def test_distances_pass_on_a_gradient_that_is_not_symmetric():
-    points, weight = cloud(7, 4), cloud(7, 7, seed=1)
-    points[3], (i, j) = points[5], (~torch.eye(7).bool()).nonzero().T  # 3 and 5 coincide
-
-    def exact(x, _):
-        apart = (x[i] - x[j]).any(-1)
-        return ((x[i] - x[j])[apart].norm(dim=-1) * weight[i, j][apart]).sum()
-
-    assert_same(lambda x, _: (pairwise_distance(x) * weight).sum(), exact, points, points)
-
-
 @pytest.mark.parametrize("gap", [1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 0])  # against the spread
 def test_points_that_nearly_coincide_cost_the_angle_no_digits_on_a_cpu_or_a_gpu(gap):
     def points(D, seed):
@@ -342,12 +331,6 @@ def test_angles_at_equal_parts_of_the_vertices_average_to_the_whole():
 def test_impossible_vertices_are_refused(wrong):
     with pytest.raises(ValueError, match="vertices"):
         rkd_angle_loss(cloud(5, 3), cloud(5, 3, seed=1), wrong)
-
-
-@pytest.mark.slow
-def test_angle_loss_compiles_to_one_graph():
-    compiled = torch.compile(rkd_angle_loss, backend="aot_eager", fullgraph=True)
-    assert_same(compiled, angle_definition, cloud(12, 4), cloud(12, 7, seed=1))
 
 
 @rkd

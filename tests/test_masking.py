@@ -134,7 +134,6 @@ def pasted(function):
     assert len(helpers) <= (6 if function is losses.rkd_angle_loss else 3)
     module = {}
     exec("import math, torch\nimport torch.nn.functional as F\n"
-         "from torch.autograd.function import once_differentiable\n"
          + "\n".join(map(inspect.getsource, [*helpers, function])), module)
     return module[function.__name__]
 
