@@ -1,6 +1,6 @@
 """Does relational distillation generalise? The comparisons that were named before looking.
 
-    python study/generalise.py    # tables from study/runs.jsonl, both pictures of assets/
+    python study/generalise.py > study/accuracies.md    # from study/runs.jsonl; draws both pictures
 
 A value of a run is its accuracy on one axis; a difference is paired by seed. Student's t gives the
 p-value of the mean difference, Holm's method (1979) corrects each family of named comparisons,
@@ -19,6 +19,11 @@ from analyze import (difference, grouped, interval, markdown, new_figure, paired
                      read_runs)
 from eval_knn import Parser
 
+PAGE = """# All accuracies and differences of finding 4
+
+`python study/generalise.py > study/accuracies.md` writes this page. Accuracy in percent, mean ± standard deviation over n seeds;
+differences in points, paired by seed, bold where the uncorrected 95 % interval excludes zero. Imagenette, textures, CIFAR-10 as
+columns: measured on another set. The last tables are the families that were named beforehand."""
 SHIFTS = "noise blur contrast hue rotate".split()
 SETS = {"cifar10": "CIFAR-10", "imagenette": "Imagenette", "textures": "textures"}
 MEASURED_ON = {"cifar10": "cifar10", "imagenette": "imagenette96", "textures": "textures"}
@@ -120,30 +125,40 @@ def named_table(groups, family):
 
 
 def draw(groups, path):
-    """One panel per axis, trained on CIFAR-10: differences with the intervals of their family."""
-    named = {tuple(each): (seeds, len(family)) for family in FAMILIES
-             for own, seeds, *each in family if own == "cifar10"}  # the last family that names it
+    """A row of panels per training set, a panel per axis: differences and their intervals."""
     titles = {"all labels": "all labels", "1 per class": "1 label\nper class",
-              "5 per class": "5 labels\nper class", "Imagenette": "other data:\nImagenette",
+              "5 per class": "5 labels\nper class", "other data": "other data",
               "shifted": "shifted\ntest images"}
+    others = {"cifar10": "Imagenette", "imagenette": "CIFAR-10"}
     pairs = [*PAIRS[:2], *CONTROLS, *PAIRS[2:]]
-    figure, [places] = new_figure(1, len(titles), 3.6, sharey=True, sharex=True)
-    for place, (axis, title) in zip(places, titles.items()):
-        for y, (system, base) in enumerate(pairs):
-            seeds, number = named.get((system, base, axis), (range(1000), 1))
-            found = differences(groups, "cifar10", seeds, system, base, axis)
-            mean, half = interval(found, [quantile(1 - 0.05 / number, len(found) - 1)])
-            place.plot(found, [y + 0.25] * len(found), ".", ms=3, color="0.6")
-            place.errorbar(mean, y, xerr=half, capsize=3, fmt="o", color="black",
-                           mfc="black" if (system, base, axis) in named else "white")
-        place.axvline(0, color="black", lw=1)
-        place.grid(axis="x", color="0.9")
-        place.set(title=title, xlabel="points")
-    names = [pair_name(*pair).replace(" −", "\n−") for pair in pairs]
-    places[0].set_yticks(range(len(pairs)), names)
-    places[0].set_ylim(len(pairs) - 0.5, -0.5)
-    figure.suptitle("Difference of accuracy, trained on CIFAR-10: mean, interval, single seeds "
-                    "below\n(filled: named beforehand, 95 % for the whole family; else 95 % each)")
+    figure, places = new_figure(len(others), len(titles), 6, sharey=True, sharex=True)
+    for row, (own, other) in zip(places, others.items()):
+        # the last family that names a comparison on this set
+        named = {tuple(each): (seeds, len(family)) for family in FAMILIES
+                 for trained_on, seeds, *each in family if trained_on == own}
+        for place, (axis, title) in zip(row, titles.items()):
+            axis = other if axis == "other data" else axis
+            for y, (system, base) in enumerate(pairs):
+                if not {system, base} <= {*groups[own]}:
+                    continue
+                seeds, number = named.get((system, base, axis), (range(1000), 1))
+                found = differences(groups, own, seeds, system, base, axis)
+                mean, half = interval(found, [quantile(1 - 0.05 / number, len(found) - 1)])
+                place.plot(found, [y + 0.25] * len(found), ".", ms=3, color="0.6")
+                place.errorbar(mean, y, xerr=half, capsize=3, fmt="o", color="black",
+                               mfc="black" if (system, base, axis) in named else "white")
+            place.axvline(0, color="black", lw=1)
+            place.grid(axis="x", color="0.9")
+            if own == "cifar10" or axis == other:
+                place.set_title(f"other data:\n{other}" if axis == other else title)
+        row[0].set_yticks(range(len(pairs)), [pair_name(*pair).replace(" −", "\n−")
+                                              for pair in pairs])
+        row[0].set(ylim=(len(pairs) - 0.5, -0.5), ylabel=f"trained on {SETS[own]}")
+    for place in places[-1]:
+        place.set_xlabel("points")
+    figure.suptitle("Difference of accuracy: mean with its interval, single seeds below. Filled: "
+                    "named beforehand,\n95 % for the whole family (Bonferroni). Open: 95 % each, "
+                    "exploratory")
     figure.savefig(path)
 
 
@@ -183,21 +198,19 @@ def main():
     parser.add_argument("--out", default=ROOT / "assets", type=Path, help="folder of the pictures")
     out = parser.parse_args().out
     groups = {own: read_groups(own) for own in SETS}
-    found = {}
+    found, tables = {}, []
     for own, systems in groups.items():
         rows = [[name, *(plus_minus([run.measured[axis] for run in systems[name]
                                      if axis in run.measured]) for axis in axes(own)),
                  str(len(systems[name]))]
                 for name in sorted(systems)]
-        print(markdown([f"trained on {SETS[own]}", *axes(own), "n"], rows), "\n")
+        tables.append(markdown([f"trained on {SETS[own]}", *axes(own), "n"], rows))
         found[own] = {(a, b): {axis: paired(systems[a], systems[b], axis) for axis in axes(own)}
                       for a, b in PAIRS + MORE if {a, b} <= {*systems}}
         rows = [[pair_name(a, b), *map(difference, each.values()), str(len(each["k-NN"]))]
                 for (a, b), each in found[own].items()]
-        print(markdown([f"difference, {SETS[own]}", *axes(own), "n"], rows), "\n")
-
-    for family in FAMILIES:
-        print(named_table(groups, family), "\n")
+        tables.append(markdown([f"difference, {SETS[own]}", *axes(own), "n"], rows))
+    print(PAGE, *tables, *(named_table(groups, family) for family in FAMILIES), sep="\n\n")
     draw(groups, out / "generalisation.png")
     draw_all(found, out / "generalisation_all.png")
 

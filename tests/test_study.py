@@ -9,8 +9,17 @@ from conftest import ROOT, cloud
 
 sys.path.insert(0, str(ROOT / "study"))
 
+import generalise  # noqa: E402
 from generalise import holm, p_value, quantile  # noqa: E402
 from why import few_label_accuracies, shared_neighbours, spectrum, with_spectrum  # noqa: E402
+
+
+def test_the_page_of_accuracies_is_what_its_command_prints(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["generalise.py", "--out", str(tmp_path)])
+    generalise.main()
+    assert capsys.readouterr().out == (ROOT / "study" / "accuracies.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"generalisation.png",
+                                                          "generalisation_all.png"}
 
 
 def test_students_t_has_the_values_of_its_tables():
