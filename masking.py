@@ -69,26 +69,16 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
     between `min_patches` (on small grids a twelfth of the patches) and the number that is lacking,
     its aspect ratio in [min_aspect, 1 / min_aspect]. As in BEiT's code a rectangle is refused if it
     spans the grid or hides too many. After ten refusals BEiT stops, on average .5 of 75 patches
-    short; here a rectangle is then cut, from a random side, to hit the count. What 99 rounds have
-    not hidden (ratios near 1) is drawn at random. Needs `hidden_count`, `inside`.
+    short; here single patches at random fill the rest. Needs `hidden_count`, `inside`.
     """
     (gh, gw), N = grid, grid[0] * grid[1]
     least = max(1, min(min_patches, N // 12))
-    mask = torch.zeros(batch, N, dtype=torch.bool, device=generator and generator.device)
+    order = torch.rand(batch, N, generator=generator, device=generator and generator.device)
+    mask = torch.zeros_like(order, dtype=torch.bool)
     lacking = torch.as_tensor(hidden_count(ratio, N), device=mask.device).expand(batch).clone()
     refused = torch.zeros_like(lacking)
-    by_row = torch.arange(N, device=mask.device)
-    by_column = by_row % gw * gh + by_row // gw
-    sides = torch.stack([by_row, -by_row, by_column, -by_column])  # a cut keeps the first cells
-
-    def first(order, count):  # (B, N), (B,): the first `count` cells of each row in this order
-        return order.argsort(1).argsort(1) < count.unsqueeze(1)
-
-    for _ in range(99):
-        at = lacking.nonzero().flatten()  # images
-        if not len(at):
-            break
-        draw = torch.rand(5, batch, generator=generator, device=mask.device)[:, at]
+    while len(at := ((lacking > 0) & (refused < 10)).nonzero().flatten()):  # images
+        draw = torch.rand(4, batch, generator=generator, device=mask.device)[:, at]
         area = least + draw[0] * (lacking[at] - least)
         aspect = torch.exp((2 * draw[1] - 1) * math.log(1 / min_aspect))  # log-uniform
         height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -98,15 +88,12 @@ def block_mask(batch, grid, ratio, generator=None, device=None, min_patches=16, 
         left = (draw[3] * (gw - width + 1)).floor()
         new = inside(grid, top, left, height, width).flatten(1) & ~mask[at]
         size = new.sum(1)
-        taken, late = fits & (size > 0) & (size <= lacking[at]), (refused[at] >= 9) & (size > 0)
-        order = sides[(4 * draw[4, late]).long()].masked_fill(~new[late], N)
-        new[late] &= first(order, lacking[at[late]])
-        new &= (taken | late).unsqueeze(1)
-        refused[at] = torch.where(taken | late, 0, refused[at] + 1)
-        mask[at] |= new
-        lacking[at] -= new.sum(1)
-    order = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill(mask, 2)
-    return (mask | first(order, lacking)).to(device)
+        taken = fits & (size > 0) & (size <= lacking[at])
+        refused[at] = torch.where(taken, 0, refused[at] + 1)
+        mask[at] |= new & taken.unsqueeze(1)
+        lacking[at] -= torch.where(taken, size, 0)
+    ranks = order.masked_fill(mask, 2).argsort(1).argsort(1)
+    return (mask | (ranks < lacking.unsqueeze(1))).to(device)
 
 
 def inverse_block_mask(batch, grid, ratio, generator=None, device=None, min_aspect=0.5):
