@@ -54,7 +54,7 @@ def pairwise_distance(x):
     the gradient of a distance of 0 is set to 0 instead. Needs `squared_distance`.
     """
     squares = squared_distance(x)
-    apart = squares > 0
+    apart = squares != 0  # NaN is not 0 and stays NaN
     return torch.where(apart, squares.masked_fill(~apart, 1).sqrt(), 0).float()
 
 

@@ -245,6 +245,14 @@ def test_half_precision_and_autocast_give_the_float32_loss_even_with_a_large_off
     assert_close(gradient(in_autocast, *full), gradient(loss, *full))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@every
+def test_a_loss_shows_a_student_that_is_not_finite(name, value):
+    loss, student, teacher = case(name)
+    student[(HIDDEN if name in MASKED else 3)] = value
+    assert not loss(student, teacher).isfinite()
+
+
 # ---------- what losses do not see, and where they must be exact ----------
 
 MOVES = dict(
