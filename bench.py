@@ -16,8 +16,8 @@ tests/test_bench.py checks that each reference gives our result. The table shows
 of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of the allocator).
 
 Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.30
-(2.22 .. 2.38); with --quick distance 1.11 (1.03 .. 1.14), angle 25 (23 .. 26; memory 404 -> 10 MB),
-ibot vit_tiny 1.75 (1,159 -> 644 MB), k-NN four 9.6, probe 10 2.9, views 2.10, block masks 1.78.
+(2.22 .. 2.38); with --quick distance 0.88 (.85 .. .90), angle 25 (23 .. 26; memory 404 -> 10 MB),
+ibot vit_tiny 1.75 (1,159 -> 644 MB), k-NN four 9.6, probe 10 2.9, views 2.10, block masks 2.08.
 Beside other work and whole: ibot vit_small 1.3, dino 1.13 (1,138 -> 1,022 MB), probe 10 4.9 to 6.2,
 angle 10 to 12.
 

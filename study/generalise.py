@@ -43,6 +43,8 @@ FAMILIES = [
     [("cifar10", range(3, 8), *pair, axis) for axis in FEW for pair in CONTROLS],
     [(own, seeds, *PAIRS[0], axis) for axis in FEW
      for own, seeds in (("cifar10", range(8, 13)), ("imagenette", range(1, 6)))],
+    [("imagenette", range(seeds), *pair, axis) for axis in FEW
+     for pair, seeds in zip(CONTROLS, (6, 5))],
 ]
 
 
