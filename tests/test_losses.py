@@ -300,6 +300,17 @@ def test_points_far_from_the_origin_keep_their_distances_and_coincide_within_rou
     assert distances.diagonal(128).eq(0).all() and distances.diagonal().eq(0).all()
 
 
+def test_distances_pass_on_a_gradient_that_is_not_symmetric():
+    points, weight = cloud(7, 4), cloud(7, 7, seed=1)
+    points[3], (i, j) = points[5], (~torch.eye(7).bool()).nonzero().T  # 3 and 5 coincide
+
+    def exact(x, _):
+        apart = (x[i] - x[j]).any(-1)
+        return ((x[i] - x[j])[apart].norm(dim=-1) * weight[i, j][apart]).sum()
+
+    assert_same(lambda x, _: (pairwise_distance(x) * weight).sum(), exact, points, points)
+
+
 @pytest.mark.parametrize("gap", [1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 0])  # against the spread
 def test_points_that_nearly_coincide_cost_the_angle_no_digits_on_a_cpu_or_a_gpu(gap):
     def points(D, seed):

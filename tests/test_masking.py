@@ -77,12 +77,14 @@ def test_a_unit_that_does_not_divide_the_grid_is_refused(grid):
         random_mask(2, grid, 0.5, unit=3)
 
 
-def test_block_hides_a_rectangle_wide_as_often_as_tall():
+def test_block_hides_a_rectangle_wide_as_often_as_tall_and_at_either_end_alike():
     mask = block_mask(4000, (14, 14), 16 / 196, generator=seeded()).view(-1, 14, 14)
     assert mask.diff(dim=2).sum((1, 2)).float().mean() < 10  # 8 at a square, up to 32 if scattered
     height, width = mask.any(2).sum(1), mask.any(1).sum(1)
     for longer in (width > height, height > width):  # the rest is square
         assert 0.2 < longer.float().mean() < 0.6
+    for end_to_end in (mask.sum((0, 1)), mask.sum((0, 2))):
+        assert 0.5 < end_to_end[0] / end_to_end[-1] < 2
 
 
 @grids

@@ -20,6 +20,21 @@ def test_textures_are_exactly_these_bytes(count, size, digest):
     assert hashlib.sha256(pixels).hexdigest() == digest
 
 
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_textures_are_drawn_in_pieces_of_bounded_memory(monkeypatch, size):
+    pieces, count = [], 300 * 96**2 // size**2
+
+    def draw_some(index, *rest):  # the real one takes about 200 bytes per pixel
+        pieces.append(index.tolist())
+        images = (index % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+        return images, torch.zeros(len(index), len(FACTORS)).double()
+    monkeypatch.setattr(textures, "draw_some", draw_some)
+    images, labels, _ = textures.textures(count, 0, size)
+    assert sum(pieces, []) == [*range(count)] and len(labels) == count
+    assert images[:, 2, 5, 5].tolist() == [i % 256 for i in range(count)]
+    assert max(map(len, pieces)) * size**2 * 200 < 2**30
+
+
 def test_texture_classes_are_balanced_and_no_class_has_a_colour_of_its_own():
     images, labels, _ = textures.textures(400, 0)
     assert labels.bincount().tolist() == [40] * 10
