@@ -144,12 +144,6 @@ def cross_views(loss, student, teacher):
     return sum(values) / len(values)
 
 
-def relations(args, s, t, vertices=None):
-    s, t = s.double(), t.double()
-    return (args.distance_weight * distance_definition(s, t, args.distance_power)
-            + args.angle_weight * angle_definition(s, t, vertices))
-
-
 def plain_rkd(s, t, d):
     student, teacher = d.student, d.teacher
     if d.args.head:
@@ -157,10 +151,14 @@ def plain_rkd(s, t, d):
             norm=partial(call, nn.LayerNorm(20)), activation=F.gelu)
         student, teacher = ([mlp(w, "heads.rkd", x, **kind) for x in views]
                             for w, views in ((s, student), (t, teacher)))
-    among_images = partial(relations, d.args, vertices=d.args.angle_vertices)
-    loss = (cross_views(among_images, student, teacher)
+
+    def relations(s, t):
+        s, t = s.double(), t.double()
+        return (d.args.distance_weight * distance_definition(s, t, d.args.distance_power)
+                + d.args.angle_weight * angle_definition(s, t, d.args.angle_vertices))
+
+    return (cross_views(relations, student, teacher)
             + d.args.pull_weight * cross_views(pull_definition, student, teacher))
-    return loss
 
 
 def plain_cka(s, t, d):
