@@ -369,7 +369,7 @@ def panel(student, teacher):
     return seen
 
 
-# ---- the sum of angle errors over all triplets, tile by tile -----------------------------------
+# ---- the sum of angle errors over all triplets, a few vertices at a time -----------------------
 
 @torch.no_grad()
 def angles_by_squares(student, teacher, vertices):
@@ -381,45 +381,34 @@ def angles_by_squares(student, teacher, vertices):
         dc_ik / dS_ik = -1 / (2 d_ji d_jk)
         dc_ik / dS_ji = 1 / (2 d_ji d_jk) - c_ik / (2 S_ji)         (and S_jk alike)
 
-    The gradient is summed in the same pass, tile by tile, so nothing of size N³ is ever kept. A
-    tile: some vertices j, a block of rows i, and the columns k from that block on, for c_ik = c_ki.
-    Columns right of the block count twice. Where i and j are much closer to each other than to k,
-    S_jk - S_ik has few digits: then all tiles are computed in float64.
+    The gradient is summed in the same pass, a few vertices j at a time, so nothing of size N³ is
+    ever kept. Where i and j are much closer to each other than to k, S_jk - S_ik has few digits:
+    then all is computed in float64.
     """
     B, N, _ = student.shape
     exact = any(((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
     if not exact:
         student, teacher = student.float(), teacher.float()
-    from_s, from_t = student[:, vertices], teacher[:, vertices]  # S_ji: (B, K, N)
-    inverse_s, inverse_t = (torch.where(x > 0, x, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
-                            for x in (from_s, from_t))
+
+    def cosines(S, j):
+        """1 / d_ji (B, K, N), 1 / (2 d_ji d_jk) and c_ik (B, K, N, N)."""
+        sides = S[:, j]
+        inverse = torch.where(sides > 0, sides, torch.inf).rsqrt()  # 0 where d = 0
+        half = inverse.unsqueeze(3) * (inverse.unsqueeze(2) / 2)
+        cos = (sides.unsqueeze(3) + sides.unsqueeze(2)).sub_(S.unsqueeze(1)).mul_(half)
+        return inverse, half, cos
+
     total, gradient = student.new_zeros(()), torch.zeros_like(student)
-    at_vertices = torch.zeros_like(from_s)  # the part of the gradient by S_ji and S_jk
-    height = max(32, -(-N // 8))
-
-    def cosine(squares, sides, inverse, j, i, k):
-        half = 0.5 * inverse[:, j, i, None] * inverse[:, j, None, k]  # 1 / (2 d_ji d_jk)
-        sides = sides[:, j, i, None] + sides[:, j, None, k]
-        return half, sides.sub_(squares[:, None, i, k]).mul_(half)
-
-    for top in range(0, N, height):
-        i, k, width = slice(top, top + height), slice(top, N), min(height, N - top)
-        chunk = max(1, 2**17 // (B * width * (N - top)))
-        for start in range(0, len(vertices), chunk):
-            j = slice(start, start + chunk)  # of the vertices
-            half, cos = cosine(student, from_s, inverse_s, j, i, k)  # (B, chunk, width, N - top)
-            error = cosine(teacher, from_t, inverse_t, j, i, k)[1].neg_().add_(cos)
-            error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
-            slope = error.clamp(-1, 1)  # huber'(e)
-            huber = error.sub_(slope, alpha=0.5).mul_(slope)  # huber(e), inside and outside
-            total += 2 * huber.sum() - huber[..., :width].sum()
-            slope[..., width:] *= 2
-            push, turn = half.mul_(slope), cos.mul_(slope)
-            gradient[:, i, k] -= push.sum(1)
-            for side, dim in ((i, -1), (k, -2)):
-                at_vertices[:, j, side] += (
-                    push.sum(dim) - 0.5 * turn.sum(dim) * inverse_s[:, j, side].square())
-    return total, gradient.index_add_(1, vertices, at_vertices)
+    for j in vertices.split(max(1, 2**16 // (B * N * N))):
+        inverse, half, cos = cosines(student, j)
+        error = cos - cosines(teacher, j)[2]
+        error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
+        slope = error.clamp(-1, 1)  # huber'(e)
+        total += error.sub_(slope, alpha=0.5).mul_(slope).sum()  # huber(e), inside and outside
+        push, turn = half.mul_(slope), cos.mul_(slope)
+        gradient -= push.sum(1)  # by S_ik; then by S_ji and S_jk, alike since c_ik = c_ki
+        gradient.index_add_(1, j, 2 * push.sum(3) - turn.sum(3) * inverse.square())
+    return total, gradient
 
 
 @torch.no_grad()
