@@ -2,7 +2,7 @@
 
 First the relations that this project is about. Relational knowledge distillation (Park, Kim, Lu,
 Cho 2019, arXiv 1904.05068): the student has N points s_1..s_N, the teacher t_1..t_N (one point per
-image, or per patch). The student need not place s_i at t_i. It only has to keep the teacher's
+image). The student need not place s_i at t_i. It only has to keep the teacher's
 *relations* (section 3.2):
 
     distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|     (section 3.2.1)
@@ -19,8 +19,8 @@ Then the systems that relations are compared with: other relations, contrast, se
 masked prediction. The teacher's side (teacher, target, key, center, tokens) never gets a gradient.
 All losses are computed in float32, also inside autocast.
 
-Letters: N points, D width, B images, K prototypes, M hidden patches, P values in a patch, ... any
-leading dimensions (separate sets of points, averaged). Masks: bool (B, N), True = hidden.
+Letters: N points, D width, B images, K prototypes, M hidden patches, P values in a patch. Masks:
+bool (B, N), True = hidden.
 Left out: sampling of triplets (the mean below is exact), L2 normalisation (the caller's choice).
 """
 import torch
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 # ---- relations ---------------------------------------------------------------------------------
 
 def squared_distance(x):
-    """Squared distances |x_i - x_j|²: (..., N, D) -> (..., N, N), float64 (float32 on MPS).
+    """Squared distances |x_i - x_j|²: (N, D) -> (N, N), float64 (float32 on MPS).
 
     |a - b|² = |a|² + |b|² - 2ab costs one matrix product, but the difference cancels digits: in
     float32 no digit is left of points closer than 3e-4 of their norm. Hence the points are centred
@@ -39,16 +39,16 @@ def squared_distance(x):
     with torch.autocast(x.device.type, enabled=False):
         exact = x.device.type != "mps"  # MPS has no float64
         x = x.double() if exact else x.float()
-        x = x - x.mean(-2, keepdim=True)
-        gram = x @ x.mT  # (..., N, N)
-        norms = gram.diagonal(dim1=-2, dim2=-1)
-        scale = norms.unsqueeze(-1) + norms.unsqueeze(-2)
+        x = x - x.mean(0)
+        gram = x @ x.T  # (N, N)
+        norms = gram.diagonal()
+        scale = norms.unsqueeze(1) + norms
         squares = torch.sub(scale, gram, alpha=2)
         return squares.masked_fill_(squares <= (1e-13 if exact else 1e-6) * scale, 0)
 
 
 def pairwise_distance(x):
-    """Euclidean distances |x_i - x_j|: (..., N, D) -> (..., N, N), float32, zero diagonal.
+    """Euclidean distances |x_i - x_j|: (N, D) -> (N, N), float32, zero diagonal.
 
     Unchanged by shifts and rotations. O(N²) memory. The slope of a square root at 0 is infinite:
     the gradient of a distance of 0 is set to 0 instead. Needs `squared_distance`.
@@ -59,7 +59,7 @@ def pairwise_distance(x):
 
 
 def rkd_distance_loss(student, teacher, power=1.0):
-    """RKD-D (Park et al. 2019, section 3.2.1): (..., N, Ds), (..., N, Dt) -> float32 scalar.
+    """RKD-D (Park et al. 2019, section 3.2.1): (N, Ds), (N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the two distance matrices, each divided by its own mean over the N(N-1)
     pairs i != j; mean over those pairs. The gradient flows through the student's mean too. The
@@ -70,10 +70,10 @@ def rkd_distance_loss(student, teacher, power=1.0):
     Needs `check_points`, `pairwise_distance`, `squared_distance`.
     """
     check_points(student, teacher, 2)
-    N = student.shape[-2]
+    N = len(student)
 
     def over_mean(distances):
-        mean = distances.sum((-2, -1), keepdim=True) / (N * (N - 1))
+        mean = distances.sum() / (N * (N - 1))
         return distances / torch.where(mean > 0, mean, 1)  # all points equal: zeros, not 0 / 0
 
     target = over_mean(pairwise_distance(teacher.detach()))
@@ -85,7 +85,7 @@ def rkd_distance_loss(student, teacher, power=1.0):
 
 
 def rkd_angle_loss(student, teacher, vertices=None):
-    """RKD-A (Park et al. 2019, section 3.2.2): (..., N, Ds), (..., N, Dt) -> float32 scalar.
+    """RKD-A (Park et al. 2019, section 3.2.2): (N, Ds), (N, Dt) -> float32 scalar.
 
     Huber (beta = 1) between the cosines at vertex j of every triplet of distinct points; exact mean
     over those N(N-1)(N-2) triplets. The original code averages all N³ entries, also those that are
@@ -98,20 +98,19 @@ def rkd_angle_loss(student, teacher, vertices=None):
     `angles_by_squares` and, on a GPU, `angles_by_edges`.
     """
     check_points(student, teacher, 3)
-    N, teacher = student.shape[-2], teacher.detach()
+    N, teacher = len(student), teacher.detach()
     vertices = angle_vertices(vertices, N, student.device)
 
-    def squares(x):  # (sets, N, N), the largest is 1: angles do not depend on scale
+    def squares(x):  # the largest is 1: angles do not depend on scale
         x = squared_distance(x)
-        largest = x.detach().amax((-2, -1), keepdim=True)
-        return (x / torch.where(largest > 0, largest, 1)).reshape(-1, N, N)
+        largest = x.detach().max()
+        return x / torch.where(largest > 0, largest, 1)
 
     if student.device.type == "cpu":
         s, t, summed = squares(student), squares(teacher), angles_by_squares
     else:
-        s, t = (x.float().reshape(-1, N, x.shape[-1]) for x in (student, teacher))
-        summed = angles_by_edges
-    triplets = len(s) * len(vertices) * (N - 1) * (N - 2)
+        s, t, summed = student.float(), teacher.float(), angles_by_edges
+    triplets = len(vertices) * (N - 1) * (N - 2)
     loss, gradient = (x / triplets for x in summed(s, t, vertices))
     # the added term is 0, and its gradient by s is `gradient`
     return (loss + (gradient * (s - s.detach())).sum()).float()
@@ -136,7 +135,7 @@ def cka_loss(student, teacher):
     CKA = <K_s, K_t> / (|K_s| |K_t|) with K = X Xᵀ of the centred points, between 0 and 1.
     Unchanged by shift, rotation and scale of either side. Needs `check_points`.
     """
-    check_points(student, teacher, 2, sets=False)
+    check_points(student, teacher, 2)
 
     def kernel(x):  # (N·N,), of length 1; all points equal: zeros
         with torch.autocast(x.device.type, enabled=False):
@@ -152,7 +151,7 @@ def ressl_loss(student, teacher, student_temperature=0.1, teacher_temperature=0.
     p_i = softmax over j != i of cos(x_i, x_j) / temperature;  mean over i of KL(p_i of the teacher
     || p_i of the student). The batch stands for ReSSL's queue. Needs `check_points`, `cosines`.
     """
-    check_points(student, teacher, 3, sets=False)
+    check_points(student, teacher, 3)
 
     itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
 
@@ -373,9 +372,9 @@ def panel(student, teacher):
 
 @torch.no_grad()
 def angles_by_squares(student, teacher, vertices):
-    """Sum of huber over all triplets of two (B, N, N) matrices of squared distances S, on a CPU.
+    """Sum of huber over all triplets of two (N, N) matrices of squared distances S, on a CPU.
 
-    By the law of cosines, with the gradient by the student's S in closed form, (B, N, N):
+    By the law of cosines, with the gradient by the student's S in closed form, (N, N):
 
         c_ik = cos at j = (S_ji + S_jk - S_ik) / (2 d_ji d_jk)
         dc_ik / dS_ik = -1 / (2 d_ji d_jk)
@@ -385,35 +384,35 @@ def angles_by_squares(student, teacher, vertices):
     ever kept. Where i and j are much closer to each other than to k, S_jk - S_ik has few digits:
     then all is computed in float64.
     """
-    B, N, _ = student.shape
+    N = len(student)
     exact = any(((x > 0) & (x < 1e-4)).any() for x in (student, teacher))  # d < largest / 100
     if not exact:
         student, teacher = student.float(), teacher.float()
 
     def cosines(S, j):
-        """1 / d_ji (B, K, N), 1 / (2 d_ji d_jk) and c_ik (B, K, N, N)."""
-        sides = S[:, j]
+        """1 / d_ji (K, N), 1 / (2 d_ji d_jk) and c_ik (K, N, N)."""
+        sides = S[j]
         inverse = torch.where(sides > 0, sides, torch.inf).rsqrt()  # 0 where d = 0
-        half = inverse.unsqueeze(3) * (inverse.unsqueeze(2) / 2)
-        cos = (sides.unsqueeze(3) + sides.unsqueeze(2)).sub_(S.unsqueeze(1)).mul_(half)
+        half = inverse.unsqueeze(2) * (inverse.unsqueeze(1) / 2)
+        cos = (sides.unsqueeze(2) + sides.unsqueeze(1)).sub_(S).mul_(half)
         return inverse, half, cos
 
     total, gradient = student.new_zeros(()), torch.zeros_like(student)
-    for j in vertices.split(max(1, 2**16 // (B * N * N))):
+    for j in vertices.split(max(1, 2**16 // N**2)):
         inverse, half, cos = cosines(student, j)
         error = cos - cosines(teacher, j)[2]
         error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
         slope = error.clamp(-1, 1)  # huber'(e)
         total += error.sub_(slope, alpha=0.5).mul_(slope).sum()  # huber(e), inside and outside
         push, turn = half.mul_(slope), cos.mul_(slope)
-        gradient -= push.sum(1)  # by S_ik; then by S_ji and S_jk, alike since c_ik = c_ki
-        gradient.index_add_(1, j, 2 * push.sum(3) - turn.sum(3) * inverse.square())
+        gradient -= push.sum(0)  # by S_ik; then by S_ji and S_jk, alike since c_ik = c_ki
+        gradient[j] += 2 * push.sum(2) - turn.sum(2) * inverse.square()
     return total, gradient
 
 
 @torch.no_grad()
 def angles_by_edges(student, teacher, vertices):
-    """The same sum from points (B, N, D), and its gradient by the student's points, on a GPU.
+    """The same sum from points (N, D), and its gradient by the student's points, on a GPU.
 
     With unit edges e_ji = (x_i - x_j) / |x_i - x_j| the cosine is c_ik = e_ji e_jk. This costs D
     times the work of the law of cosines, but in matrix products, which a GPU computes fastest, and
@@ -421,27 +420,27 @@ def angles_by_edges(student, teacher, vertices):
 
         push = 2 sum over k of huber'_ik e_jk,  less its part along e,  divided by d_ji
     """
-    B, N, D = student.shape
+    N, D = student.shape
 
     def unit_edges(x, j):
-        edges = x.unsqueeze(1) - x[:, j].unsqueeze(2)  # (B, K, N, D)
+        edges = x - x[j].unsqueeze(1)  # (K, N, D)
         squares = edges.square().sum(-1, keepdim=True)
         inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()  # 1 / d, 0 where d = 0
         return edges * inverse, inverse
 
     total, gradient = student.new_zeros(()), torch.zeros_like(student)
     with torch.autocast(student.device.type, enabled=False):
-        for j in vertices.split(max(1, 2**25 // (B * N * max(N, D)))):
+        for j in vertices.split(max(1, 2**25 // (N * max(N, D)))):
             (e, inverse), (other, _) = unit_edges(student, j), unit_edges(teacher, j)
-            error = (e @ e.mT).sub_(other @ other.mT)  # (B, K, N, N)
+            error = (e @ e.mT).sub_(other @ other.mT)  # (K, N, N)
             error.diagonal(dim1=-2, dim2=-1).zero_()  # i = k is no triplet
             slope = error.clamp(-1, 1)  # huber'(e)
             flat = slope.flatten()
             total += error.flatten() @ flat - (flat @ flat) / 2
             push = slope @ e
             push = (push - (push * e).sum(-1, keepdim=True) * e) * (2 * inverse)
-            gradient += push.sum(1)
-            gradient.index_add_(1, j, -push.sum(2))
+            gradient += push.sum(0)
+            gradient[j] -= push.sum(1)
     return total, gradient
 
 
@@ -465,16 +464,14 @@ def angle_vertices(vertices, N, device):
     return (vertices.pin_memory() if pinned else vertices).to(device, non_blocking=True)
 
 
-def check_points(student, teacher, least, sets=True):
-    """Refuse sets of points that differ in their number, or have fewer than `least` points."""
-    if (student.dim() < 2 or student.dim() > 2 and not sets
-            or student.shape[:-1] != teacher.shape[:-1]):
+def check_points(student, teacher, least):
+    """Refuse points that differ in their number, or fewer than `least` of them."""
+    if not student.dim() == teacher.dim() == 2 or len(student) != len(teacher):
         raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: both "
-                         f"must be ({'..., ' * sets}N, D) with the same N points; only the width D "
-                         "may differ")
-    if student.shape[-2] < least:
-        raise ValueError(f"{student.shape[-2]} point(s): this relation needs at least {least}; "
-                         "use a larger batch")
+                         "must be (N, D) with the same N points; only the width D may differ")
+    if len(student) < least:
+        raise ValueError(f"{len(student)} point(s): this relation needs at least {least}; use a "
+                         "larger batch")
 
 
 def check_pairs(a, b, least):

@@ -139,7 +139,7 @@ def pasted(function):
 
 
 X, Y = torch.randn(2, 6, 4, generator=seeded())
-SQUARES = losses.squared_distance(X)[None]
+SQUARES = losses.squared_distance(X)
 LOGITS, HIDDEN = X.expand(2, 6, 4), torch.arange(6).expand(2, 6) < 2
 ARGUMENTS = {  # of those that do not take two sets of points
     "average pairwise_distance squared_distance standardize effective_rank": (X,),
@@ -147,8 +147,8 @@ ARGUMENTS = {  # of those that do not take two sets of points
     "dino_loss": (X, Y, X[0]), "dino_views_loss": ([X, Y], [Y, X], X[0]),
     "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
     "angle_vertices": (slice(2), 6, X.device),
-    "angles_by_squares": (SQUARES, 2 * SQUARES.mT, torch.arange(2)),
-    "angles_by_edges": (X[None], Y[None], torch.arange(2)), "move_center": (X[0], Y[0]),
+    "angles_by_squares": (SQUARES, 2 * SQUARES, torch.arange(2)),
+    "angles_by_edges": (X, Y, torch.arange(2)), "move_center": (X[0], Y[0]),
     "hidden_rows": (LOGITS, HIDDEN),
     "masked_patch_loss": (LOGITS, LOGITS + 1, HIDDEN, X[0]),
     "masked_token_loss": (LOGITS, LOGITS.argmax(-1), HIDDEN),
