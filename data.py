@@ -5,10 +5,13 @@
 So neither the order of work nor the number of workers or processes changes a sample. Small sets are
 one uint8 tensor, and their views are cut batched on the training device: a crop with its resize and
 flip is one small matrix for the rows and one for the columns. Images on disk are decoded and cut by
-DataLoader workers. Colours are batched on the device for both (SimCLR, arXiv 2002.05709, appendix
-A; in the form of BYOL, arXiv 2006.07733, appendix B).
+DataLoader workers. Colours are batched on the device for both: the operations of SimCLR (arXiv
+2002.05709, appendix A), as torchvision defines them, with the probabilities per view of BYOL (arXiv
+2006.07733, appendix B).
 
-Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue.
+Left out: SimCLR's random order of the jitters; here brightness, contrast, saturation, hue. BYOL's
+own brightness (added), contrast (per channel) and saturation (HSV). DINO's blur of small views
+beyond a tenth of the side.
 Letters: B images, S side of a view in pixels.
 """
 import hashlib

@@ -257,7 +257,7 @@ def move_center(center, batch_mean, momentum=0.9):
 
 def masked_patch_loss(student_logits, teacher_logits, mask, center, student_temperature=0.1,
                       teacher_temperature=0.04):
-    """iBOT's patch term (Zhou et al. 2022, arXiv 2111.07832, eq. 2) -> scalar.
+    """iBOT's patch term (Zhou et al. 2022, arXiv 2111.07832, eq. 3) -> scalar.
 
     DINO's cross-entropy at the hidden patches: mean over those of an image, then over the images.
     An image that hides nothing counts 0. Logits (B, N, K), or of the hidden patches alone (M, K).

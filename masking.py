@@ -9,7 +9,7 @@ All other files follow this convention.
     block_mask          rectangles (BEiT: Bao et al. 2021, arXiv 2106.08254)
     inverse_block_mask  all but one block (CAPI: Darcet et al. 2025, arXiv 2502.08769; no roll)
     attention_mask      the patches with most of the teacher's attention (AttMask: Kakogeorgiou et
-                        al. 2022, arXiv 2203.12719)
+                        al. 2022, arXiv 2203.12719; the count rounded, not cut)
 
 The makers draw from `generator` alone, on its device: equal generators give equal masks.
 

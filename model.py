@@ -315,7 +315,7 @@ class Decoder(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"decoder width {width} must be a multiple of 32 (heads are 32 wide)")
         self.embed = nn.Linear(dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
         rates = torch.linspace(0, drop_path, depth).tolist()

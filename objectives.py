@@ -6,10 +6,10 @@ A system is a term: a function of a `Batch` that returns its loss and a dict of 
 entry in OBJECTIVES, with heads and default options, stands under the function: a new system needs
 no other place. `--loss` takes a term or a weighted sum of terms, as `dino+0.5*rkd`.
 
-Every term deviates from its paper in four points: schedules move at each step, Xavier
-initialisation, colour jitters in a fixed order, images rotated as their EXIF tag says. Runs without
-a recipe also have bilinear crops, Adam's eps 1e-6 and weight decay of matrices only. Docstrings
-list the other deviations.
+All terms share these, also where a paper has it otherwise: Xavier initialisation and MAE's tokens,
+warm-up from 0, colours after the crop (data.py), images rotated as their EXIF tag says; without a
+recipe also bilinear crops, Adam's eps 1e-6 and weight decay of matrices only. Docstrings list the
+other deviations.
 Letters: B images of this rank (world·B after `gather`), N patches, V visible patches, G global
 views, D width, K prototypes or words, M hidden patches.
 """
@@ -302,7 +302,8 @@ def ressl(batch):
 
     mean KL(softmax of the teacher's similarities / .04 || softmax of the student's / .1).
     Deviations: the other images of the batch stand for the queue, and the student's points are
-    compared with each other, where ReSSL compares them with the teacher's queue.
+    compared with each other, where ReSSL compares them with the teacher's queue; both views are
+    students; no head; as for rkd a mask, a fast teacher and coloured teacher's views by default.
     """
     return mean(ressl_loss(*pair, *batch.temperatures) for pair in batch.pairs("ressl")), {}
 
@@ -328,8 +329,8 @@ OBJECTIVES["feature"] = Term(  # --pool cls+mean doubles the width of both featu
 def simclr(batch):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709): find the other view among all; no teacher.
 
-    NT-Xent, 2N-way, over the images of all ranks; projection head.
-    Deviations: AdamW for LARS; BatchNorm over each view by itself.
+    NT-Xent, (2N - 1)-way, over the images of all ranks; projection head.
+    Deviations: AdamW for LARS; BatchNorm over each view by itself, the last one without scale.
     """
     points = [gather(x.float()) for x in batch.student_points("simclr")]
     return mean(nt_xent_loss(a, b, batch.args.temperature or 0.1)
@@ -362,7 +363,7 @@ def byol(batch):
     """BYOL (Grill et al. 2020, arXiv 2006.07733): predict the teacher's projection of another view.
 
     |p_1 - z_2|² + |p_2 - z_1|², all of length 1. There are no negatives: the predictor and the
-    moving average prevent collapse. Deviation: AdamW for LARS.
+    moving average prevent collapse. Deviations: AdamW for LARS; colours of torchvision (data.py).
     """
     return 2 * mean(byol_loss(*pair) for pair in batch.pairs("byol")), {}  # two directions
 
@@ -432,8 +433,8 @@ def beit(batch):
     """BEiT (Bao et al. 2021, arXiv 2106.08254): name the visual word of each hidden patch.
 
     Cross-entropy over K words. Deviations: the words are those of `RandomWords`, since
-    BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; pixels
-    normalised by ImageNet's statistics; no weight decay of the mask token.
+    BEiT's own is an external network (DALL-E's); absolute positions, no LayerScale; no weight
+    decay of the mask token.
     """
     words = batch.at_hidden(batch.tokenizer(batch.globals))  # (M,)
     logits = batch.student.predictors["beit"](batch.at_hidden(batch.tokens[:, 1:]))  # (M, K)
@@ -503,7 +504,8 @@ def dbot(batch):
 
     Smooth L1 (beta 2) at hidden patches and CLS, the target standardised before the teacher's last
     norm. After each stage the student becomes the teacher and a fresh student starts
-    (`System.next_stage`), with the optimizer kept, as in its code. Deviations: none known.
+    (`System.next_stage`), with the optimizer kept, as in its code. Deviation: its code also keeps
+    the bias of the patch embedding.
     """
     mask = F.pad(batch.mask, (1, 0), value=True)  # with CLS
     at = places(mask, batch.globals.device)
@@ -627,7 +629,7 @@ class System(nn.Module):
         return loss, logs, batch.points()
 
     def next_stage(self, stage):
-        """The student becomes the frozen teacher and a fresh student starts (dBOT, section 3)."""
+        """The student becomes the frozen teacher and a fresh student starts (dBOT)."""
         self.teacher.load_state_dict(self.student.state_dict(), strict=False)  # no predictor
         self.student.load_state_dict(build_student(self.args, stage=stage).state_dict())
 

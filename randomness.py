@@ -6,8 +6,9 @@
 
 So neither the order of work nor the number of workers or processes changes a sample, and a run
 resumes at any step with nothing but that step. Two rounds of a 32-bit xorshift-multiply hash per
-number: statistically even, not cryptographic. The key behind the seed of a training run: 1 order of
-the images, 2 masks, 3 drop path, 4 masks of pictures, 5 students of later stages.
+number (constants of skeeto/hash-prospector): statistically even, not cryptographic. The key behind
+the seed of a training run: 1 order of the images, 2 masks, 3 drop path, 4 masks of pictures, 5
+students of later stages.
 """
 import torch
 

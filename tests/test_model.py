@@ -210,7 +210,7 @@ def test_decoder_reads_visible_tokens_in_order_and_mask_tokens_at_hidden_places(
     for b in range(2):
         embedded = iter(tokens[b] @ decoder.embed.weight.mT + decoder.embed.bias)
         x = [next(embedded)]  # CLS
-        x += [decoder.mask_token if hidden else next(embedded) for hidden in MASK[b]]
+        x += [decoder.mask_token[0, 0] if hidden else next(embedded) for hidden in MASK[b]]
         x = torch.stack(x) + sincos_positions((4, 4), 64)
         x = decoder.norm(decoder.blocks[1](decoder.blocks[0](x)))[0]
         expected = x @ decoder.pred.weight.mT + decoder.pred.bias

@@ -26,7 +26,7 @@ DINO = VIT_S | BYOLS | ADAM | dict(
     temperature=0.1, head_batchnorm=False, projection=256, head_hidden=2048, drop_path=0.1,
     global_crops=2)
 MOCO = VIT_S | ADAM | dict(
-    decay="all",  # moco/optimizer.py has no groups
+    decay="all",  # main_moco.py: AdamW without groups
     epochs=300, batch_size=1024, lr=1.5e-4 * 1024 / 256, min_lr=0, warmup=40 / 300,
     weight_decay=[0.1, 0.1], beta2=0.999, clip_grad=0, clip_each=False, mask_ratio=0,
     arch="vit_small_12heads", crop_scale=[0.08, 1],  # vits.py: vit_small, num_heads=12
@@ -50,14 +50,14 @@ PUBLISHED = {
     # facebookresearch/moco-v3 CONFIG.md, ViT-S on one node; else main_moco.py, defaults
     "moco-vits16-300ep": MOCO | BYOLS | dict(
         bicubic=False, loss="moco", momentum=0.99, temperature=0.2, projection=256, head_hidden=4096),
-    # Chen et al. 2020, section 2, appendix A and B.9 (temperature .1), in MoCo v3's frame
+    # Chen et al. 2020, section 2, appendix A, table 5 (temperature .1), in MoCo v3's frame
     "simclr-vits16-300ep": MOCO | dict(
         bicubic=True, loss="simclr", temperature=0.1, projection=128, head_hidden=2048,
         jitter=0.8, saturation=0.8, jitter_probability=0.8, hue=0.2,
         grey=0.2, blur=[0.5, 0.5], solarize=[0, 0]),
-    # Grill et al. 2020, section 3, appendix B (momentum .996, MLPs 4096-256), in MoCo v3's frame
+    # Grill et al. 2020, section 3, appendices B, F (momentum .99, MLPs 4096-256), in MoCo v3's frame
     "byol-vits16-300ep": MOCO | BYOLS | dict(
-        bicubic=True, loss="byol", momentum=0.996, projection=256, head_hidden=4096),
+        bicubic=True, loss="byol", momentum=0.99, projection=256, head_hidden=4096),
     # facebookresearch/mae PRETRAIN.md, ViT-B; else main_pretrain.py, defaults
     "mae-vitb16-800ep": PIXELS | dict(
         loss="mae", epochs=800, batch_size=4096, lr=1.5e-4 * 4096 / 256, warmup=40 / 800,
@@ -113,6 +113,16 @@ def test_the_heads_of_moco_are_the_published_ones():
     assert widths == [[(4096, 64), (4096, 4096), (256, 4096)], [(4096, 256), (256, 4096)]]
     assert all(x.bias is None for x in [*head, *predictor] if type(x).__name__ == "Linear")
     assert type(head[-1]).__name__ == "BatchNorm" and head[-1].weight is None
+
+
+@pytest.mark.parametrize("recipe", ["mae-vitb16-800ep", "dbot-vitb16-1600ep"])
+def test_weights_and_tokens_decay_and_no_bias_or_norm_as_in_timms_add_weight_decay(recipe):
+    args = train.parse(["--recipe", recipe, *"--arch vit_tiny --image-size 32 --workers 0".split()])
+    student = System(args).student
+    kept = {name for name, p in student.named_parameters()
+            if p.requires_grad and not train.DECAY[args.decay](p)}
+    assert kept == {name for name, p in student.named_parameters()
+                    if name.endswith("bias") or "norm" in name}
 
 
 def published_schedule(start, end, steps, warm=0):
