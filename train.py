@@ -268,8 +268,11 @@ def sample_order(count, start, stop, args, rank, world):
             yield epoch, piece
 
 
-def draw_masks(args, system, step, piece, weak, rank=0, world=1):
-    """Masks of this rank's part of the global batch: bool (G·B, N), or None without masks."""
+def draw_masks(args, system, step, piece, views, rank=0, world=1):
+    """Masks of this rank's part of the global batch: bool (G·B, N), or None without masks.
+
+    `views`: as the teacher sees them, read by --mask attention alone.
+    """
     if not args.mask_ratio:
         return None
 
@@ -284,7 +287,7 @@ def draw_masks(args, system, step, piece, weak, rank=0, world=1):
         ratio = ratio.clamp(min=0) * (torch.rand(count, generator=random) < args.mask_probability)
     if args.mask == "attention":
         seen = [system.teacher.backbone.last_attention(view).mean(1)
-                for view in weak[:args.global_crops]]
+                for view in views[:args.global_crops]]
         return attention_mask(torch.cat(seen).float().cpu(),  # a GPU has to finish here
                               of_rank(ratio) if torch.is_tensor(ratio) else ratio)
     unit = dict(unit=args.mask_unit) if args.mask == "random" else {}
@@ -300,8 +303,8 @@ def open_batches(args, train_set, start, stop, rank, world, device):
              + [(small, (0.05, args.crop_scale[0]))] * n_local)
     return train_batches(
         train_set, sample_order(len(train_set), start, stop, args, rank, world), views, args.seed,
-        device, args.workers, weak=args.weak_teacher or args.mask == "attention",
-        bicubic=args.bicubic, jitter=args.jitter, saturation=args.saturation, hue=args.hue,
+        device, args.workers, weak=args.weak_teacher, bicubic=args.bicubic,
+        jitter=args.jitter, saturation=args.saturation, hue=args.hue,
         jitter_probability=args.jitter_probability, grey_probability=args.grey,
         blur_probability=args.blur[:n_global] + [0.5 * any(args.blur)] * n_local,
         solarize_probability=args.solarize[:n_global] + [0.0] * n_local)
@@ -590,7 +593,8 @@ def backward(args, system, network, batch, step, progress):
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     torch.manual_seed(fold(args.seed, 3, step, rank))  # only drop-path draws from it
     for piece, (_, weak, strong) in enumerate(batch):
-        mask = draw_masks(args, system, step, piece, weak, rank, world)
+        seen = weak if args.weak_teacher else strong  # by the teacher
+        mask = draw_masks(args, system, step, piece, seen, rank, world)
         network.require_backward_grad_sync = piece == len(batch) - 1  # DDP: average once
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, logs, points = network(strong, weak, mask, progress)

@@ -18,9 +18,9 @@ FILES = "args.json checkpoint.pt curves.png lock log.jsonl masks.png previous.pt
 CPU = "--data folder --batch-size 8 --device cpu --workers 0 --log-every 2".split()
 
 
-def masks(args, step=0, piece=0, weak=None, system=None):
+def masks(args, step=0, piece=0, views=None, system=None):
     """The masks of the global views of a step's piece, (views · images, patches)."""
-    return train.draw_masks(args, system or System(args), step, piece, weak)
+    return train.draw_masks(args, system or System(args), step, piece, views)
 
 
 def order(rank=0, world=1, pieces=1, start=0, seed=0):
@@ -64,10 +64,10 @@ def test_ibots_masks_hide_nothing_in_half_of_the_views_and_else_a_tenth_to_a_hal
 
 
 def test_attention_masks_hide_what_the_teacher_attends_to_most():
-    args, weak = parse("--mask", "attention"), [*torch.randn(2, 16, 3, 32, 32)]
+    args, views = parse("--mask", "attention"), [*torch.randn(2, 16, 3, 32, 32)]
     system = System(args)
-    attention = system.teacher.backbone.last_attention(torch.cat(weak)).mean(1)  # (32, 16)
-    assert masks(args, 0, 0, weak, system).equal(attention.argsort(descending=True).argsort() < 12)
+    attention = system.teacher.backbone.last_attention(torch.cat(views)).mean(1)  # (32, 16)
+    assert masks(args, 0, 0, views, system).equal(attention.argsort(descending=True).argsort() < 12)
 
 
 def test_every_declared_option_is_read():
@@ -110,7 +110,8 @@ def loop(args, batches):
             group.update(lr=lr, weight_decay=weight_decay)
         for piece in range(args.grad_accum):
             strong, weak, *_, random = batches.pop(0)
-            mask = masks(args, step, piece, weak, system)
+            seen = weak if args.weak_teacher else strong  # by the teacher
+            mask = masks(args, step, piece, seen, system)
             torch.set_rng_state(random)  # of stochastic depth
             (system(strong, weak, mask, step % length / length)[0] / args.grad_accum).backward()
         for clipped in [[p] for p in moving] if args.clip_each else [moving]:
@@ -126,6 +127,7 @@ def loop(args, batches):
 
 @pytest.mark.parametrize("options", [
     "--mask-ratio 0 --clip-grad 0", "--hide token", "--local-crops 2", "--mask attention --seed 1",
+    "--mask attention --weak-teacher",
     "--mask block --weak-teacher", "--head 16 --beta2 0.5", "--grad-accum 2 --drop-path 0.5",
     "--loss dbot --clip-each --clip-grad 0.001", "--weight-decay 9 5 --pool cls+mean",
     "--loss mae --weight-decay 9 5 --decay tokens", "--weight-decay 9 5 --decay all --adam-eps 1e-3",
