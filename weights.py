@@ -142,12 +142,6 @@ def flat(tree, prefix="", depth=4):
     return found
 
 
-# what other ViTs have and this one lacks: names in their files -> what it is
-LACKING = {r"mlp\.(w\d|fc1_g|gate_proj|weights_in)": "SwiGLU blocks", "rope": "rotary positions",
-           "relative_position": "relative positions", r"\b[qk]_norm": "norms of queries and keys",
-           r"\bfc_norm": "a norm behind the pooling", r"\bdist\w*_token": "a distillation token"}
-
-
 def read_weights(path):
     """The options of our run, the backbone under timm's names, and its heads or None.
 
@@ -175,13 +169,6 @@ def read_weights(path):
             raise ValueError(f"{path} cannot be loaded: {name} is no dense tensor of floats")
     if "mask_token" in weights:
         weights["mask_token"] = weights["mask_token"].reshape(1, 1, -1)  # (1, D) in both
-    lacking = [f"{what} ({name})" for pattern, what in LACKING.items()
-               for name in weights if re.search(pattern, name)]
-    kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
-    if kernel.dim() == 4 and kernel.shape[1] != 3:
-        lacking.append(f"{kernel.shape[1]} input channels (patch_embed.proj.weight)")
-    if lacking:
-        raise ValueError(f"{path} has {lacking[0]}, which this ViT lacks")
     return options, weights, heads_in(options, prefix, (0, *weights["cls_token"].shape)[-1])
 
 

@@ -156,23 +156,15 @@ def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, 
     assert all(x.equal(small(3).state_dict()[name]) for name, x in vit.state_dict().items())
 
 
-@pytest.mark.parametrize("key, shape, message", [
-    ("blocks.0.mlp.w12.weight", (8, D), r"SwiGLU blocks \(blocks.0.mlp.w12.weight\)"),
-    ("rope_embed.periods", (4,), r"rotary positions \(rope_embed.periods\)"),
-    ("fc_norm.weight", (D,), r"a norm behind the pooling \(fc_norm.weight\)"),
-    ("blocks.1.attn.q_norm.weight", (8,), r"norms of queries and keys \(blocks.1.attn.q_norm"),
-    ("dist_token", (1, 1, D), r"a distillation token \(dist_token\)"),
-    ("rel_pos_bias.relative_position_bias_table", (9, 4), "relative positions"),
-    ("patch_embed.proj.weight", (192, 4, 8, 8), r"4 input channels \(patch_embed.proj.weight\)"),
-    ("norm_pre.weight", (D,), "unexpected norm_pre.weight")])  # and whatever is not in the list
-def test_what_this_network_lacks_is_refused_by_its_name(key, shape, message, tmp_path):
+@pytest.mark.parametrize("key, shape", [
+    ("blocks.0.mlp.w12.weight", (8, D)), ("rope_embed.periods", (4,)), ("fc_norm.weight", (D,)),
+    ("patch_embed.proj.weight", (192, 4, 8, 8))])
+def test_what_this_network_lacks_is_refused_by_its_name(key, shape, tmp_path):
     for vit, read in ((small(1), partial(load_backbone, small(3))),
                       (network(), partial(open_backbone, arch="vit_tiny"))):
         path = written(tmp_path, {"model": vit.state_dict() | {key: cloud(*shape)}})
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(ValueError, match=rf"does not fit this model .*{key}"):
             read(path=path)
-        assert "which this ViT lacks" in str(caught.value) or "norm_pre" in key
-        assert not re.search("--arch|itself", str(caught.value))
 
 
 def test_a_grid_of_another_shape_with_as_many_patches_is_not_taken_for_the_files(tmp_path):
