@@ -22,7 +22,7 @@ import sys
 import unicodedata
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -483,24 +483,14 @@ def collate(items):
     return views, index, {i: why for found in bad for i, why in found.items()}
 
 
-@lru_cache(maxsize=2)  # the train set and the test set
-def lasting_loader(folder, **options):
-    """A loader whose workers stay for its next keys: to spawn them anew takes seconds each."""
-    return torch.utils.data.DataLoader(folder, batch_sampler=[], persistent_workers=True, **options)
-
-
-def fetched(folder, keys, workers, device, stay):
+def fetched(folder, keys, workers, device):
     """Batches of folder[key] as of `collate`; an error of a worker is a DataError of one line."""
     # torch's handler of signals is off: it would raise for a dead worker in the middle of a step
     torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
-    options = dict(num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
     try:
-        if workers and stay:
-            loader = lasting_loader(folder, **options)
-            loader.batch_sampler[:] = keys
-        else:
-            loader = torch.utils.data.DataLoader(folder, batch_sampler=keys, **options)
-        yield from loader
+        yield from torch.utils.data.DataLoader(
+            folder, batch_sampler=keys, num_workers=workers, collate_fn=collate,
+            pin_memory=device.type == "cuda")
     except (DataError, EOFError, OSError, RuntimeError) as error:
         if not workers:
             raise
@@ -509,9 +499,9 @@ def fetched(folder, keys, workers, device, stay):
                         "--workers 0, or docker run --shm-size 8g)") from error
 
 
-def loaded(folder, keys, workers, device, stay=False):
+def loaded(folder, keys, workers, device):
     """Batches of folder[key] -> (list of uint8 views (B, 3, S, S) on the device, index (B,))."""
-    for views, index, bad in fetched(folder, keys, workers, device, stay):
+    for views, index, bad in fetched(folder, keys, workers, device):
         folder.report(bad)
         yield [x.to(device, non_blocking=True) for x in views], torch.tensor(index)
 
@@ -596,7 +586,7 @@ def eval_batches(data, indices, size, device, workers=0, batch_size=256, shift=N
             yield finish(center_crop(images, size), index)
         return
     keys = [[(partial(center_view, size=size), i) for i in piece.tolist()] for piece in pieces]
-    for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device, stay=True)):
+    for asked, ([images], index) in zip(pieces, loaded(data, keys, workers, device)):
         good = index == asked  # the others replace unreadable images
         if good.any():
             yield finish(images[good.to(device)], index[good])

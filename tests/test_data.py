@@ -16,7 +16,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from data import (MEAN, STD, DataError, Folder, Images, colour, crop, eval_batches, fingerprint,
-                  lasting_loader, load_data, loaded, train_batches)
+                  load_data, loaded, train_batches)
 from textures import textures
 
 CPU = torch.device("cpu")
@@ -397,12 +397,10 @@ def test_an_error_in_a_worker_ends_the_run_in_one_line(tmp_path, monkeypatch, ho
     monkeypatch.setattr(waiting, "__defaults__", (0.1,))
     write(tmp_path / "a.png")
     folder, keys = folder_of(tmp_path / "a.png"), [[(partial(fail, how=how), 0)]]
-    for stay in (False, True):
-        with pytest.raises(DataError, match=f"^a worker failed.*{text}.*--workers 0.*shm") as error:
-            list(loaded(folder, keys, 1, CPU, stay))
-        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=f"^a worker failed.*{text}.*--workers 0.*shm") as error:
+        list(loaded(folder, keys, 1, CPU))
+    assert "\n" not in str(error.value)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error within a step
-    lasting_loader.cache_clear()
 
 
 def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(tmp_path, monkeypatch):
@@ -410,15 +408,6 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(tmp_path, monkeypat
     monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("no space")))
     with pytest.raises(DataError, match="no space.*--workers 0"):
         list(loaded(folder_of(tmp_path / "a.png"), [[(process, 0)]], 1, CPU))
-
-
-def test_evaluations_share_their_workers_even_after_one_was_left(tmp_path):
-    folder = folder_of(*sorted(write_folder(tmp_path).rglob("*.png")))
-    keys = [[(process, i) for i in range(k, k + 4)] for k in range(0, 20, 4)]
-    first = next(loaded(folder, keys, 2, CPU, stay=True))[0][0]  # the rest is left
-    again = [views[0] for views, _ in loaded(folder, keys[1:], 2, CPU, stay=True)]
-    assert torch.cat(again)[:, 1].tolist() == [*range(4, 20)]
-    assert first[0, 0] in torch.cat(again)[:, 0]
 
 
 TURNED = Image.new("L", (20, 40), 128)
