@@ -233,23 +233,6 @@ def dino_loss(student_logits, teacher_logits, center, student_temperature=0.1,
                               teacher_temperature).mean()
 
 
-def dino_views_loss(student_logits, teacher_logits, center, student_temperature=0.1,
-                    teacher_temperature=0.04):
-    """Mean of `dino_loss` over all pairs of different views: two lists of (N, K), views in order.
-
-    Cross-entropy is linear in its target, so a student's view is compared once, with the sum of the
-    targets of the other views: each softmax is computed once, not once per pair.
-    """
-    targets = [((t.detach().float() - center.detach().float()) / teacher_temperature).softmax(-1)
-               for t in teacher_logits]
-    loss = 0
-    for view, logits in enumerate(student_logits):
-        others = sum(target for i, target in enumerate(targets) if i != view)
-        log_q = (logits.float() / student_temperature).log_softmax(-1)
-        loss = loss - (others * log_q).sum(-1).mean()
-    return loss / (len(targets) * (len(student_logits) - 1))
-
-
 def move_center(center, batch_mean, momentum=0.9):
     """The centre after a batch (DINO, eq. 4): (K,), mean of all teacher logits (K,) -> (K,)."""
     return momentum * center.detach() + (1 - momentum) * batch_mean.detach().float()

@@ -26,10 +26,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from losses import (byol_loss, cka_loss, cosines, dino_views_loss, feature_loss,
-                    info_nce_loss, masked_patch_loss, masked_token_loss, move_center, nt_xent_loss,
-                    pixel_loss, pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss,
-                    standardize)
+from losses import (byol_loss, cka_loss, cosines, dino_loss, feature_loss, info_nce_loss,
+                    masked_patch_loss, masked_token_loss, move_center, nt_xent_loss, pixel_loss,
+                    pull_loss, ressl_loss, rkd_angle_loss, rkd_distance_loss, standardize)
 from model import ARCHS, Decoder, PrototypeHead, mlp_head, patchify, pool_tokens, to_device
 from randomness import fold
 from weights import listed, misfits, open_backbone
@@ -383,7 +382,8 @@ def dino(batch, name="dino"):
     """
     student, teacher = batch.student_points(name), batch.teacher_points(name)
     center = batch.center(name, torch.cat(teacher).float().mean(0))
-    return dino_views_loss(student, teacher, center, *batch.temperatures), {}
+    return mean(dino_loss(s, t, center, *batch.temperatures) for i, s in enumerate(student)
+                for j, t in enumerate(teacher) if i != j), {}
 
 
 def prototype_head(args, vit, width, teacher_width):

@@ -144,7 +144,7 @@ LOGITS, HIDDEN = X.expand(2, 6, 4), torch.arange(6).expand(2, 6) < 2
 ARGUMENTS = {  # of those that do not take two sets of points
     "average pairwise_distance squared_distance standardize effective_rank": (X,),
     "info_nce_loss nt_xent_loss": (X, Y, 0.1), "check_points check_pairs": (X, Y, 2),
-    "dino_loss": (X, Y, X[0]), "dino_views_loss": ([X, Y], [Y, X], X[0]),
+    "dino_loss": (X, Y, X[0]),
     "soft_cross_entropy": (X, Y, X[0], 0.1, 0.04),
     "angle_vertices": (slice(2), 6, X.device),
     "angles_by_squares": (SQUARES, 2 * SQUARES, torch.arange(2)),
