@@ -16,13 +16,12 @@ tests/test_bench.py checks that each reference gives our result. The table shows
 of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of the allocator).
 
 Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.30
-(2.22 .. 2.38); with --quick distance 0.88 (.85 .. .90), angle 25 (23 .. 26; memory 404 -> 10 MB),
+(2.22 .. 2.38); with --quick distance 0.84 (.81 .. .86), angle 19 (19 .. 20; memory 404 -> 7 MB),
 ibot vit_tiny 1.75 (1,159 -> 644 MB), k-NN four 9.6, probe 10 2.9, views 2.10, block masks 2.08.
 Beside other work and whole: ibot vit_small 1.3, dino 1.13 (1,138 -> 1,022 MB), probe 10 4.9 to 6.2,
 angle 10 to 12.
 
     python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
-    python bench.py --scale scale.png            # time and memory of relations as points grow
     python bench.py --only train --arch vit_small --batch-size 256   # on a GPU
 """
 import ctypes
@@ -414,29 +413,6 @@ def training(args, compiled):
                 peak_bytes=peak_memory(step, args.device))
 
 
-def scale(path, device):
-    """Draw time and memory of both relations over the number of points."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2)
-    for loss, style, name in (
-            (original_angle, "o:", "angles, authors' code"), (rkd_angle_loss, "o-", "angles, ours"),
-            (original_distance, "s:", "distances, authors' code"),
-            (rkd_distance_loss, "s-", "distances, ours")):
-        sizes = [64, 128, 256, 512, 1024][:4 if loss is original_angle else 5]  # 1024 need 20 GB
-        runs = [relation(N, device, loss)[0] for N in sizes]
-        peaks = [peak_memory(run, device) for run in runs]  # while the heap is unused
-        seconds = [statistics.median(interleaved([run], device, 1)[0]) for run in runs]
-        print(json.dumps(dict(loss=loss.__name__, N=sizes, seconds=seconds, bytes=peaks)))
-        axes[0].loglog(sizes, seconds, style, label=name)
-        axes[1].loglog(sizes, [peak / 1e6 for peak in peaks], style)
-    for place, quantity in zip(axes, ("time, s", "peak memory, MB")):
-        place.set(xlabel="points N (width 256)", ylabel=quantity, title="forward and backward")
-        place.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path)
-
-
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -444,7 +420,6 @@ def main():
     add("--only", nargs="+", metavar="WORD", help="rows whose names start so: angle, views")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
         help="where to run")
-    add("--scale", metavar="PNG", help="draw the cost of relations instead of the table")
     add("--arch", default="vit_small", choices=ARCHS, help="row train: the ViT")
     add("--batch-size", type=whole(1), default=256, help="row train: images per step")
     args = parser.parse_args()
@@ -452,8 +427,6 @@ def main():
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}, one thread")
-    if args.scale:
-        return scale(args.scale, args.device)
     words = tuple(args.only or [""])  # every name starts with ""
     every = rows(args.device, args.quick)
     table = {name: make for name, make in every.items() if name.startswith(words)}
