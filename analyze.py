@@ -2,7 +2,6 @@
 
     python analyze.py curves RUN ..       k-NN, losses, rank; of several runs means without losses
     python analyze.py table RUN ..        Markdown, the seeds of one configuration in one row
-    python analyze.py pairs RUN ..        each system alone and with rkd, and the differences
     python analyze.py keep RUN ..         one line per run, to append to study/runs.jsonl
     python analyze.py masks RUN           the views of both networks, their distances of test images
     python analyze.py relations RUN ..    distances and angles of the student over its teacher's
@@ -12,7 +11,7 @@
     python analyze.py similarity C ..     CKA (Kornblith et al. 2019) of all blocks with all others
     python analyze.py spectrum C ..       singular values, effective rank, distances of images
 
-RUN is the --out-dir of train.py, or for the first three study/runs.jsonl (--only 'cifar10-*' takes
+RUN is the --out-dir of train.py, or for the first two study/runs.jsonl (--only 'cifar10-*' takes
 some of its runs); C a folder or any checkpoint that `load_backbone` reads (its --data may have to
 be said). Each picture is NAME.png in the first folder, or --out. train.py draws curves and masks.
 
@@ -60,8 +59,6 @@ OF_RKD = dict(distance_weight=1.0, distance_power=1.0, angle_weight=2.0, angle_v
 # an option and its value -> what people say instead
 WORDS = {"distance weight 0.0": "angles only", "angle weight 0.0": "distances only",
          "pull weight 0.0": "no pull", "head batchnorm True": "BatchNorm head"}
-T_95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 1, 2, .. 9 degrees
-MEASURES = dict(knn_top1="k-NN", knn_top1_whitened="whitened k-NN", linear_top1="linear probe")
 A_RUN = "give the --out-dir of a finished run of train.py"
 
 
@@ -166,19 +163,10 @@ def keep(runs, path):
             file.write(json.dumps(line) + "\n")
 
 
-def by_data_set(runs):
-    """{name of the images: runs on them}; two folders of one name are told apart."""
-    sets, names = {}, {}
-    for run in runs:
-        name = key = run.args["data"]
-        if name == "folder" and run.args["data_path"]:
-            name = Path(run.args["data_path"]).name
-            key = run.args.get("data_fingerprint") or name
-        names.setdefault(key, name)
-        sets.setdefault(key, []).append(run)
-    alike = list(names.values())
-    return {f"{name} {key[-6:]}" if alike.count(name) > 1 and key != name else name: sets[key]
-            for key, name in names.items()}
+def data_of(run):
+    """The images of a run: the same for a folder that was moved."""
+    return run.args["data"], (run.args.get("data_fingerprint")
+                              or Path(run.args.get("data_path") or "").name)
 
 
 def system_of(run):
@@ -238,9 +226,10 @@ def color_of(run):
 
 def grouped(runs):
     """Runs that differ by their seeds alone, together: {their name: [run, ..]}."""
-    sets, groups = sorted(by_data_set(runs)), {}
+    sets, groups = {data_of(run): run.name for run in runs}, {}
     if len(sets) > 1:
-        raise ValueError(f"these runs are of different data sets, {sets}: one at a time")
+        raise ValueError(f"these runs are of different data sets: {', '.join(sets.values())}: one "
+                         "set at a time")
     for run in runs:
         groups.setdefault(json.dumps(system_of(run), sort_keys=True), []).append(run)
     return dict(zip(names_of([members[0] for members in groups.values()]), groups.values()))
@@ -266,21 +255,6 @@ def plus_minus(values, digits=1, sign=""):
         return ""
     around = f" ± {deviation(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{around}".replace("-", "−")
-
-
-def interval(values, student=T_95):
-    """(mean, half of its 95 % interval): Student's t · deviation / √n. NaN of too few values."""
-    n = len(values)
-    if n < 2:
-        return sum(values) / n if n else math.nan, math.nan
-    t = student[min(n - 1, len(student)) - 1]
-    return statistics.mean(values), t * deviation(values) / n ** 0.5
-
-
-def difference(values):
-    """mean ± standard deviation as Markdown, bold where the 95 % interval leaves out zero."""
-    text, (mean, half) = plus_minus(values, sign="+"), interval(values)
-    return f"**{text}**" if abs(mean) > half else text
 
 
 def draw_curve(place, runs, column, **look):
@@ -368,84 +342,6 @@ def table(folders, only=("*",)):
         mask = f"{args['mask']}, {args['mask_ratio']:.0%}" if args["mask_ratio"] else "none"
         rows.append([label, mask, *cells.values(), str(len(runs))])
     return markdown(["run", "mask", *columns, "n"], rows)
-
-
-def without_rkd(groups):
-    """{name of a sum with rkd: name of its rest}, where both ran, all options alike but rkd's."""
-    def key(run, terms):
-        options = {name: x for name, x in system_of(run).items() if name not in OF_RKD}
-        return json.dumps(options | dict(loss=terms), sort_keys=True)
-
-    alone, found = {}, {}
-    for name, [run, *_] in groups.items():
-        alone[key(run, parse_loss(run.args["loss"]))] = name
-    for name, [run, *_] in groups.items():
-        terms = parse_loss(run.args["loss"])
-        if terms.pop("rkd", None) and key(run, terms) in alone:
-            found[name] = alone[key(run, terms)]
-    return found
-
-
-def paired(runs, alone, measure):
-    """The differences of a measure between `runs` and those of the same seed in `alone`."""
-    base = {run.args["seed"]: run.measured[measure] for run in alone if measure in run.measured}
-    return [run.measured[measure] - base[run.args["seed"]] for run in runs
-            if measure in run.measured and run.args["seed"] in base]
-
-
-def pairs(folders, out, only=("*",)):
-    """pairs.png: each system alone and with relations -> Markdown of the differences by seed.
-
-    From evals.jsonl: k-NN of the features as they are and whitened, and the linear probe. A row of
-    panels for each data set: three of accuracies, three of differences paired by seed. Bold
-    differences are those whose 95 % interval leaves out zero.
-    """
-    sets = {name: grouped(runs) for name, runs in by_data_set(read_runs(folders, only)).items()}
-    bases = {name: without_rkd(groups) for name, groups in sets.items()}
-    if not any(bases.values()):
-        raise ValueError("no two of these runs are X and X+W*rkd with all other options alike: "
-                         "add the run that is missing")
-    heights = [len(groups) for groups in sets.values()]
-    longest = max(len(name) for groups in sets.values() for name in groups)
-    figure, axes = new_figure(len(sets), 6, 1 + 0.2 * sum(heights) + 0.3 * len(sets),
-                              6 + 0.08 * longest, height_ratios=heights, sharey="row")
-    rows, above = [], dict.fromkeys(MEASURES.values(), 0)
-    for places, (data, groups) in zip(axes, sets.items()):
-        for i, place in enumerate(places):
-            place.sharex(places[i // 3 * 3])
-            place.grid(axis="x", color="0.9")
-            if i >= 3:
-                place.axvline(0, color="black", lw=1)
-        names = [name for alone in groups if alone not in bases[data]
-                 for name in (alone, *(both for both in groups if bases[data].get(both) == alone))]
-        for y, name in enumerate(names):
-            runs, base = groups[name], bases[data].get(name)
-            measured = [[run.measured[measure] for run in runs if measure in run.measured]
-                        for measure in MEASURES]
-            points = [(interval(values)[0], deviation(values)) for values in measured]
-            if base:
-                changes = [paired(runs, groups[base], measure) for measure in MEASURES]
-                points += map(interval, changes)
-                rows.append([data, f"{name} − {base}", *map(difference, changes),
-                             str(max(map(len, changes)))])
-                for measure, (mean, half) in zip(above, points[3:]):
-                    above[measure] += mean > half
-            color = color_of(runs[0])
-            for place, (mean, half) in zip(places, points):
-                place.errorbar(mean, y, xerr=half, fmt="o", ms=4, capsize=2, color=color,
-                               markerfacecolor=color if base else "white")
-        places[0].set_yticks(range(len(names)), names)
-        places[0].set(ylim=(len(names) - 0.5, -0.5), ylabel=data)
-    for accuracy, change, measure in zip(axes[0], axes[0][3:], above):
-        accuracy.set_title(measure.replace(" ", "\n"))
-        change.set_title("change:\n" + measure.replace(" ", "\n"))
-    axes[-1][1].set_xlabel("accuracy, % ± standard deviation")
-    axes[-1][4].set_xlabel("change by RKD, points, with its 95 % interval")
-    found = ", ".join(f"{measure} in {count}" for measure, count in above.items())
-    figure.suptitle(f"RKD added (filled dots) raises, of {len(rows)} pairs: {found}\n"
-                    "(those whose 95 % interval lies above zero)")
-    figure.savefig(out)
-    return markdown(["images", "pair", *above, "n"], rows)
 
 
 # ---- networks and images -------------------------------------------------------------------------
@@ -736,7 +632,7 @@ OF_NETWORKS = dict(attention=(partial(over_images, attention), 10),
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("figure", choices=["curves", "table", "pairs", "keep", "masks", "relations", *OF_NETWORKS],
+    add("figure", choices=["curves", "table", "keep", "masks", "relations", *OF_NETWORKS],
         help="which picture or table")
     add("folder", nargs="+", help="--out-dir of a run, a .jsonl file, or a checkpoint (see above)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="runs of a .jsonl file by name")
@@ -754,8 +650,6 @@ def main():
             curves(folders, out, only)
         elif name == "table":
             print(table(folders, only))
-        elif name == "pairs":
-            print(pairs(folders, out, only))
         elif name == "keep":
             keep(read_runs(folders), options.out or "study/runs.jsonl")
         elif name == "masks":

@@ -7,6 +7,7 @@ p-value of the mean difference, Holm's method (1979) corrects each family of nam
 Bonferroni's the intervals of the figure. All other differences are exploratory: bold where the
 uncorrected 95 % interval leaves out zero.
 """
+import functools
 import math
 import statistics
 import sys
@@ -15,11 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from analyze import (difference, grouped, interval, markdown, new_figure, paired, plus_minus,
-                     read_runs)
+from analyze import deviation, grouped, markdown, new_figure, plus_minus, read_runs
 from eval_knn import Parser
 
-PAGE = """# All accuracies and differences of finding 4
+PAGE = """# All accuracies and differences
 
 `python study/generalise.py > study/accuracies.md` writes this page. Accuracy in percent, mean ±
 standard deviation over n seeds; differences in points, paired by seed, bold where the uncorrected
@@ -34,7 +34,7 @@ PAIRS = [("DINO + RKD (weight 5)", "DINO"), ("MoCo v3 + RKD, no pull", "MoCo v3"
 CONTROLS = [("DINO + RKD (weight 5)", "DINO + RKD (weight 5), all distances equal"),
             ("MoCo v3 + RKD, no pull", "MoCo v3 + RKD, all distances equal, no pull")]
 MORE = [*CONTROLS, (RKD, "RKD, masked"), ("RKD, masked", "RKD, masked, all distances equal"),
-        ("BYOL + RKD, no pull", "BYOL"),
+        ("BYOL + RKD, no pull", "BYOL"), ("iBOT + RKD, no pull", "iBOT"),
         ("BYOL + RKD, no pull", "BYOL + RKD, all distances equal, no pull")]
 FEW = ["1 per class", "5 per class"]
 # named before looking, a list for each time: (trained on, seeds, system, base, axis)
@@ -58,13 +58,14 @@ def axes(own):
             found[name] = [f"linear_top1_on_{MEASURED_ON[key]}"]
             found[f"{name}, 5 per class"] = [f"linear_top1_on_{MEASURED_ON[key]}_5_shots"]
     return found | {"shifted": [f"linear_top1_{shift}" for shift in SHIFTS],
-                    "k-NN": ["knn_top1"], "k-NN, 1 per class": ["knn_top1_1_shots"],
+                    "k-NN": ["knn_top1"], "whitened k-NN": ["knn_top1_whitened"],
+                    "k-NN, 1 per class": ["knn_top1_1_shots"],
                     "k-NN, 5 per class": ["knn_top1_5_shots"]}
 
 
 def read_groups(own):
     """{name of a system: its runs on the set `own`}, with a value for each axis."""
-    runs = read_runs([ROOT / "study" / "runs.jsonl"], [f"few-{own}-*"])
+    runs = read_runs([ROOT / "study" / "runs.jsonl"], [f"{own}-*"])
     for run in runs:
         run.measured |= {axis: statistics.mean(run.measured[name] for name in names)
                          for axis, names in axes(own).items() if {*names} <= {*run.measured}}
@@ -89,6 +90,7 @@ def integral(t, freedom, steps=20_000):
     return t / steps / 3 * (y[0] + y[-1] + 4 * sum(y[1:-1:2]) + 2 * sum(y[2:-1:2]))
 
 
+@functools.cache
 def quantile(level, freedom):
     """t with probability `level` between -t and t, by bisection."""
     low, high = 0.0, 100.0
@@ -105,6 +107,27 @@ def holm(p):
         largest = max(largest, min(1.0, p[i] * (len(p) - rank)))
         adjusted[i] = largest
     return adjusted
+
+
+def interval(values, level=0.95):
+    """(mean, half of its interval): Student's t · deviation / √n. NaN of too few values."""
+    n = len(values)
+    if n < 2:
+        return sum(values) / n if n else math.nan, math.nan
+    return statistics.mean(values), quantile(level, n - 1) * deviation(values) / n ** 0.5
+
+
+def difference(values):
+    """mean ± standard deviation as Markdown, bold where the 95 % interval leaves out zero."""
+    text, (mean, half) = plus_minus(values, sign="+"), interval(values)
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def paired(runs, alone, measure):
+    """The differences of a measure between `runs` and those of the same seed in `alone`."""
+    base = {run.args["seed"]: run.measured[measure] for run in alone if measure in run.measured}
+    return [run.measured[measure] - base[run.args["seed"]] for run in runs
+            if measure in run.measured and run.args["seed"] in base]
 
 
 def pair_name(system, base):
@@ -144,7 +167,7 @@ def draw(groups, path):
             for y, (system, base) in enumerate(pairs):
                 seeds, number = named.get((system, base, axis), (range(1000), 1))
                 found = differences(groups, own, seeds, system, base, axis)
-                mean, half = interval(found, [quantile(1 - 0.05 / number, len(found) - 1)])
+                mean, half = interval(found, 1 - 0.05 / number)
                 place.plot(found, [y + 0.25] * len(found), ".", ms=3, color="0.6")
                 place.errorbar(mean, y, xerr=half, capsize=3, fmt="o", color="black",
                                mfc="black" if (system, base, axis) in named else "white")

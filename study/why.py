@@ -1,6 +1,6 @@
 """Why do relations help with few labels? Exchange the spectra of two networks' features.
 
-    python study/why.py RUNS DATA              # RUNS holds few-cifar10-NAME-sSEED, DATA is CIFAR-10
+    python study/why.py RUNS DATA              # RUNS holds cifar10-NAME-sSEED, DATA is CIFAR-10
 
 Features (M, D) are centred and turned into their principal directions; direction i is stretched so
 that its variance is that of the other network's direction i, and all is turned back:
@@ -26,11 +26,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import difference, markdown, name_of, open_run, plus_minus, read_run
+from analyze import markdown, name_of, open_run, plus_minus, read_run
 from data import load_data
 from eval_knn import Parser, draw_labelled, extract_features, few_label_top1, percent
 from eval_linear import STRENGTHS, ridge_scores
-from generalise import pair_name
+from generalise import difference, pair_name
 from losses import cosines
 
 PAIRS = [("dino", "dino+5rkd"), ("moco", "moco+rkd"), ("rkd-m0-equal", "rkd-m0"),
@@ -92,7 +92,7 @@ def main():
     @cache
     def features(name, seed):
         """Centred (features, labels) of both sets by the teacher, and its shared neighbours."""
-        options, system, _ = open_run(runs / f"few-cifar10-{name}-s{seed}", sets=sets)
+        options, system, _ = open_run(runs / f"cifar10-{name}-s{seed}", sets=sets)
         teacher = [extract_features(system.teacher.backbone, x, 32, options.pool) for x in sets]
         mean = teacher[0][0].mean(0)
         found = [(x - mean, labels) for x, labels in teacher]
@@ -101,7 +101,7 @@ def main():
 
     rows, differences = [], []
     for pair in PAIRS:
-        seeds = [s for s in range(8) if all((runs / f"few-cifar10-{name}-s{s}/evals.jsonl").exists()
+        seeds = [s for s in range(8) if all((runs / f"cifar10-{name}-s{s}/evals.jsonl").exists()
                                             for name in pair)]
         results = {}
         for seed in seeds:
@@ -116,7 +116,7 @@ def main():
                     results.setdefault((name, shape), []).append((
                         *few_label_accuracies(*seen), separation(*seen[0]), dimension,
                         shared[name]))
-        said = {name: name_of(read_run(runs / f"few-cifar10-{name}-s{seeds[0]}")) for name in pair}
+        said = {name: name_of(read_run(runs / f"cifar10-{name}-s{seeds[0]}")) for name in pair}
         base, system = (results[name, name] for name in pair)
         differences.append([pair_name(said[pair[1]], said[pair[0]]),
                             *(difference([own[i] - other[i] for own, other in zip(system, base)])

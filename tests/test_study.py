@@ -1,5 +1,6 @@
 """The scripts of the study: their statistics and the exchange of spectra."""
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import ROOT, cloud
 sys.path.insert(0, str(ROOT / "study"))
 
 import generalise  # noqa: E402
-from generalise import holm, p_value, quantile  # noqa: E402
+from generalise import difference, holm, p_value, paired, quantile  # noqa: E402
 from why import few_label_accuracies, shared_neighbours, spectrum, with_spectrum  # noqa: E402
 
 
@@ -27,6 +28,25 @@ def test_students_t_has_the_values_of_its_tables():
         assert quantile(0.95, freedom) == pytest.approx(t, abs=1e-3)
     assert quantile(0.99, 4) == pytest.approx(4.604, abs=1e-3)
     assert p_value([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)  # t = 2 √3
+
+
+@pytest.mark.parametrize("text, values", [
+    ("+4.5 ± 0.7", [4.0, 5.0]),              # t = 9.0, needed 12.71
+    ("**+4.2 ± 0.4**", [4.0, 4.5]),          # t = 17
+    ("+2.0 ± 1.0", [1.0, 2.0, 3.0]),         # t = 3.46, needed 4.30
+    ("**−3.0 ± 1.0**", [-2.0, -3.0, -4.0]),  # t = 5.2
+    ("**+1.0 ± 0.1**", [0.9, 1.1] * 10), ("+3.0", [3.0]), ("", [])])
+def test_a_difference_is_bold_where_its_95_percent_interval_leaves_out_zero(text, values):
+    assert difference(values) == text
+
+
+def test_differences_are_of_the_same_seed_where_both_were_measured():
+    def run(seed, **measured):
+        return SimpleNamespace(args=dict(seed=seed), measured=measured)
+
+    systems = [run(1, knn=46.0), run(0, knn=45.0), run(2, knn=9.0), run(3), run(4, knn=1.0)]
+    bases = [run(0, knn=40.0), run(1, knn=42.0), run(3, knn=9.0), run(4)]
+    assert paired(systems, bases, "knn") == [4.0, 5.0]
 
 
 def test_holm_multiplies_the_smallest_by_most_and_keeps_the_order():
