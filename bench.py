@@ -15,11 +15,11 @@
 tests/test_bench.py checks that each reference gives our result. The table shows medians, quartiles
 of the ratio and peak memory (on a CPU: of the process, Linux only; on a GPU: of the allocator).
 
-Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.30
-(2.22 .. 2.38); with --quick distance 0.84 (.81 .. .86), angle 19 (19 .. 20; memory 404 -> 7 MB),
-ibot vit_tiny 1.75 (1,159 -> 644 MB), k-NN four 9.6, probe 10 2.9, views 2.10, block masks 2.08.
-Beside other work and whole: ibot vit_small 1.3, dino 1.13 (1,138 -> 1,022 MB), probe 10 4.9 to 6.2,
-angle 10 to 12.
+Measured on one quiet core of a shared Xeon (float32, torch 2.14, medians and quartiles): views 2.07
+(2.02 .. 2.12), dino 1.09 (1,098 -> 993 MB), angle 512 14 (2,149 -> 18 MB); with --quick distance
+0.84 (.81 .. .86), angle 19 (19 .. 20; memory 404 -> 7 MB), ibot vit_tiny 1.75 (1,159 -> 644 MB),
+k-NN four 9.6, probe 10 2.9, views 1.99, block masks 2.08. Beside other work and whole: ibot
+vit_small 1.3, probe 10 4.9 to 6.2.
 
     python bench.py --quick --only angle views   # some rows; all: ten minutes, --quick: three
     python bench.py --only train --arch vit_small --batch-size 256   # on a GPU
