@@ -2,14 +2,18 @@
 
     pytest tests/test_bench.py          # nothing here depends on time
 """
+import io
 import json
 
 import pytest
 import torch
+import torchvision.transforms.functional as change
+from PIL import Image
 from torch.testing import assert_close
 
 import bench
 from conftest import call
+from data import COLOUR_DRAWS, colour
 from losses import rkd_angle_loss, rkd_distance_loss
 from model import ema_update
 
@@ -68,6 +72,27 @@ def test_block_masks_hide_75_patches_and_those_of_beits_generator_about_as_many(
     original, ours = (run().flatten(1).sum(1).float() for run in bench.block_masks(400))
     assert ours.eq(75).all() and original.max() == 75
     assert original.mean().item() == pytest.approx(74.5, abs=0.5)  # it may find no last rectangle
+
+
+def by_pil(pixels, draw):
+    """An image (3, S, S) with the colours of one row of draws, by torchvision's PIL functions."""
+    image = change.to_pil_image(pixels)
+    if draw[0] < 0.8:
+        bright, contrast, saturation = (1 + 0.4 * (2 * x - 1) for x in draw[1:4])
+        image = change.adjust_contrast(change.adjust_brightness(image, bright), contrast)
+        image = change.adjust_saturation(image, (1 + saturation) / 2)
+        image = change.adjust_hue(image, 0.1 * (2 * draw[4] - 1))
+    image = change.rgb_to_grayscale(image, 3) if draw[5] < 0.2 else image
+    return change.pil_to_tensor(image) / 255
+
+
+def test_our_colours_are_those_of_pil_to_little_more_than_a_grey_level():
+    file = io.BytesIO(bench.photographs(1)[0])
+    pixels = change.pil_to_tensor(Image.open(file).convert("RGB"))[None, :, :96, :96] / 255
+    draws = torch.rand(40, COLOUR_DRAWS, generator=torch.Generator().manual_seed(0))
+    ours = colour(pixels.expand(40, -1, -1, -1).clone(), draws, 0.4, 0.1, blur_probability=0)
+    theirs = torch.stack([by_pil(pixels[0], draw) for draw in draws.tolist()])
+    assert 255 * (ours - theirs).abs().mean() < 1.5  # PIL's hue has 256 steps, and it rounds
 
 
 def test_the_table_has_one_row_of_json_per_row(monkeypatch, capsys):

@@ -157,14 +157,17 @@ def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(message, 
 
 
 @pytest.mark.parametrize("key, shape", [
-    ("blocks.0.mlp.w12.weight", (8, D)), ("rope_embed.periods", (4,)), ("fc_norm.weight", (D,)),
-    ("patch_embed.proj.weight", (192, 4, 8, 8))])
+    ("blocks.0.mlp.w12.weight", (8, D)),  # SwiGLU blocks
+    ("rope_embed.periods", (4,)), ("fc_norm.weight", (D,)), ("blocks.1.attn.q_norm.weight", (8,)),
+    ("dist_token", (1, 1, D)), ("rel_pos_bias.relative_position_bias_table", (9, 4)),
+    ("patch_embed.proj.weight", (192, 4, 8, 8)), ("norm_pre.weight", (D,))])
 def test_what_this_network_lacks_is_refused_by_its_name(key, shape, tmp_path):
     for vit, read in ((small(1), partial(load_backbone, small(3))),
                       (network(), partial(open_backbone, arch="vit_tiny"))):
         path = written(tmp_path, {"model": vit.state_dict() | {key: cloud(*shape)}})
-        with pytest.raises(ValueError, match=rf"does not fit this model .*{key}"):
+        with pytest.raises(ValueError, match=rf"does not fit this model .*{key}") as caught:
             read(path=path)
+        assert not re.search("--arch|itself", str(caught.value))
 
 
 def test_a_grid_of_another_shape_with_as_many_patches_is_not_taken_for_the_files(tmp_path):
