@@ -435,9 +435,9 @@ def main():
     fit, choose = held_out(len(train[1]))
     ks = sorted({min(k, len(fit)) for k in args.k})
     if args.whiten or args.center:
-        mean, matrix = train[0].mean(0), None
-        if args.whiten:  # costs a decomposition, of 3,072 dimensions for pixels
-            mean, matrix = whitening(train[0], args.whiten)
+        # to whiten costs a decomposition, of 3,072 dimensions for pixels
+        mean, matrix = (whitening(train[0], args.whiten) if args.whiten
+                        else (train[0].mean(0), None))
 
         def changed(x, labels):
             return (x - mean if matrix is None else (x - mean) @ matrix), labels

@@ -2,8 +2,8 @@
 
 First the relations that this project is about. Relational knowledge distillation (Park, Kim, Lu,
 Cho 2019, arXiv 1904.05068): the student has N points s_1..s_N, the teacher t_1..t_N (one point per
-image). The student need not place s_i at t_i. It only has to keep the teacher's
-*relations* (section 3.2):
+image). The student need not place s_i at t_i. It only has to keep the teacher's *relations*
+(section 3.2):
 
     distance   psi_D(i, j)    = |x_i - x_j| / mean over pairs of |x_a - x_b|     (section 3.2.1)
     angle      psi_A(i, j, k) = cos of the angle at x_j between x_i and x_k      (section 3.2.2)

@@ -179,7 +179,7 @@ class Batch:
         """[(student's points, teacher's points), ..] of different views: (world·B, D) each."""
         student = [gather(x.float()) for x in self.student_points(term)]
         teacher = [gather(x.float()) for x in self.teacher_points(term)]
-        return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
+        return different_views(student, teacher)
 
     def points(self):
         """Input of `panel`, (world·B, D) each: the student's features of the first view (None if
@@ -204,6 +204,11 @@ def on_views(head, views):
     if isinstance(head, PrototypeHead):
         return head(torch.cat(views)).chunk(len(views))
     return [head(x) for x in views]
+
+
+def different_views(student, teacher):
+    """[(s, t), ..]: each of the student's views with each other view of the teacher's."""
+    return [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
 
 
 def mean(values):
@@ -382,8 +387,8 @@ def dino(batch, name="dino"):
     """
     student, teacher = batch.student_points(name), batch.teacher_points(name)
     center = batch.center(name, torch.cat(teacher).float().mean(0))
-    return mean(dino_loss(s, t, center, *batch.temperatures) for i, s in enumerate(student)
-                for j, t in enumerate(teacher) if i != j), {}
+    return mean(dino_loss(*pair, center, *batch.temperatures)
+                for pair in different_views(student, teacher)), {}
 
 
 def prototype_head(args, vit, width, teacher_width):
